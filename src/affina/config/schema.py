@@ -1,0 +1,273 @@
+"""The sections of `run.yaml`: every field with its type, default, unit and one sentence of help.
+
+All sections are frozen and refuse unknown keys. This file states only what a field *is*; how a file is
+read is in load.py, computed values in derive.py, checks across fields in rules.py.
+
+A field whose default is the literal "auto" or None is filled in by derive.py or decided on the machine that trains.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        default="affina/nano",
+        description="Directory or hub id of a causal language model; affina/nano ships with affina.",
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; ignored for a directory.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="Type of the weights that are not quantised, and of the computation. "
+        "auto: bfloat16 where the device has it, float16 on older CUDA cards, float32 on CPU.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that the model's repository ships. Never needed for Qwen3."
+    )
+
+
+class QuantizationConfig(Section):
+    method: Literal["none", "nf4"] = Field(
+        default="none", description="Weight format of the frozen linear layers; nf4 is what QLoRA uses."
+    )
+    double_quantization: bool = Field(
+        default=True, description="Quantise the block scales too: 4.127 instead of 4.5 bits per weight."
+    )
+    scale_search: bool = Field(
+        default=False,
+        description="Search each block's scale for the least squared error: same format, 6.6% less error, slower load.",
+    )
+    skip_modules: tuple[str, ...] = Field(
+        default=("lm_head",), description="Names of linear layers that stay unquantised."
+    )
+
+
+class AdapterConfig(Section):
+    method: Literal["lora", "rslora"] = Field(
+        default="lora", description="lora scales the update by alpha / rank, rslora by alpha / sqrt(rank)."
+    )
+    rank: PositiveInt = Field(
+        default=16, description="Width of the update. Raise it when training loss falls too slowly on much data."
+    )
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="Numerator of the update's scale. Tune the learning rate rather than this."
+    )
+    dropout: Fraction = Field(
+        default=0.0, description="Dropout on the adapter's input. Raise it when a small set overfits."
+    )
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear",
+        description="Linear layers that get an adapter: all but the head, or a list of module names.",
+    )
+
+
+class ColumnsConfig(Section):
+    """Maps the columns of a file to the fields that a format expects. Only what differs needs to be named."""
+
+    messages: str | None = Field(default=None, description="Column with the list of messages or turns.")
+    role: str | None = Field(default=None, description="Key of the role inside a message.")
+    content: str | None = Field(default=None, description="Key of the text inside a message.")
+    system: str | None = Field(default=None, description="Column with the system prompt.")
+    tools: str | None = Field(default=None, description="Column with the tool definitions.")
+    prompt: str | None = Field(default=None, description="Column with the prompt or instruction.")
+    input: str | None = Field(default=None, description="Column with additional input (Alpaca).")
+    completion: str | None = Field(default=None, description="Column with the wanted reply.")
+    history: str | None = Field(default=None, description="Column with earlier [prompt, reply] pairs (Alpaca).")
+    text: str | None = Field(default=None, description="Column with plain text.")
+    group: str | None = Field(
+        default=None, description="Column that ties records together (document, customer): never split across sets."
+    )
+
+
+class SourceConfig(Section):
+    path: str = Field(
+        description="A file, a folder, a glob, a hub dataset id, or affina/support (the built-in data set)."
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        default="auto", description="What a record looks like; auto looks at the first records and says what it found."
+    )
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    split: str | None = Field(default=None, description="Split of a hub dataset; train when not given.")
+    subset: str | None = Field(default=None, description="Configuration name of a hub dataset.")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Share of this source in the mix, relative to the other sources' weights."
+    )
+    max_records: PositiveInt | None = Field(default=None, description="Use at most this many records.")
+
+
+class DataConfig(Section):
+    train: tuple[SourceConfig, ...] = Field(
+        default=(SourceConfig(path="affina/support"),), description="Where the training conversations are."
+    )
+    validation: tuple[SourceConfig, ...] = Field(
+        default=(), description="A separate validation set; empty: split one off the training data."
+    )
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
+        default=0.1, description="Share of the training data held out when there is no validation set."
+    )
+    max_validation_records: PositiveInt = Field(
+        default=1000, description="Upper limit of a split-off validation set, in records."
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(default=2048, description="Longest sample, in tokens.")
+    truncation: Literal["drop", "truncate", "split", "raise"] = Field(
+        default="drop", description="What happens to a sample longer than max_length."
+    )
+    packing: bool = Field(
+        default=True, description="Put several samples in one row, isolated from each other. Off: one row, one sample."
+    )
+    mask: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="Which tokens are trained: every reply, the last reply, or everything."
+    )
+    thinking: Literal["keep", "strip", "empty-masked"] = Field(
+        default="keep", description="What becomes of <think> blocks; an empty block is never trained."
+    )
+    system_prompt: str | None = Field(
+        default=None, description="System prompt for conversations that have none. Not given: none is added."
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        default="fail", description="A bad record stops the run, or is skipped, counted and listed."
+    )
+    max_record_bytes: PositiveInt = Field(
+        default=4 * 1024 * 1024, description="A record larger than this is an error (a broken file, most often)."
+    )
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        default="none", description="Remove repeated training records before the split."
+    )
+    mask_pii: bool = Field(
+        default=False, description="Replace e-mail addresses, card numbers, IBANs, phone numbers by placeholders."
+    )
+    streaming: bool = Field(
+        default=False, description="Read while training, for data larger than the disk; needs training.max_steps."
+    )
+    num_workers: NonNegativeInt | None = Field(
+        default=None, description="Processes that prepare data. Not given: one per core, 1 for small sets."
+    )
+    cache_directory: str | None = Field(
+        default=None, description="Where prepared data is kept. Not given: ~/.cache/affina (or AFFINA_CACHE)."
+    )
+    seed: int = Field(default=0, description="Seed of the split and the mix.")
+
+
+class TrainingConfig(Section):
+    epochs: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Passes over the training data.")
+    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimiser steps.")
+    micro_batch_size: PositiveInt = Field(
+        default=1, description="Rows of max_length tokens computed at once. Raise it while memory allows."
+    )
+    gradient_accumulation_steps: PositiveInt = Field(
+        default=4, description="Micro-batches per optimiser step. Changes memory and speed, never the gradient's scale."
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=2e-4, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Course of the learning rate after warm-up."
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        default=None, description="Steps of linear warm-up. Not given: 3% of the run, at least 1."
+    )
+    min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0, description="Share of the peak that remains at the end of a cosine or linear schedule."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
+        default="adamw", description="8-bit and paged variants need the bitsandbytes extra."
+    )
+    adam_beta1: Fraction = Field(default=0.9)
+    adam_beta2: Fraction = Field(default=0.999)
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8)
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Decoupled weight decay.")
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="Gradients are scaled down to this norm; 0 turns clipping off."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="Arithmetic of the forward and backward pass; adapters are always kept in fp32."
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto", description="Recompute activations in the backward pass: less memory, about 30% more time."
+    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(default="auto", description="Where to train.")
+    deterministic: bool = Field(
+        default=True, description="Same seed, same bits, on the same device; off allows faster kernels."
+    )
+    seed: int = Field(default=0, description="Seed of adapter initialisation, data order and dropout.")
+    log_every_steps: PositiveInt = Field(default=1, description="Steps between two lines of metrics.jsonl.")
+    evaluate_every_steps: PositiveInt | None = Field(
+        default=None, description="Steps between validation losses. Not given: about ten times per run."
+    )
+    save_every_steps: PositiveInt | None = Field(
+        default=None, description="Steps between checkpoints. Not given: with every validation."
+    )
+    keep_last: PositiveInt = Field(default=2, description="Checkpoints kept, newest first; the best is kept as well.")
+    keep_best: bool = Field(
+        default=True, description="Finish with the adapter of the lowest validation loss instead of the last one."
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        default=None, description="Stop after this many validations without a better loss."
+    )
+    max_skipped_steps: NonNegativeInt = Field(
+        default=10, description="Steps with NaN or infinite gradients are skipped; more than this many end the run."
+    )
+
+
+class EvaluationConfig(Section):
+    enabled: bool = Field(default=True, description="Compare base and tuned model at the end of training.")
+    max_records: PositiveInt = Field(default=200, description="Validation records whose perplexity is measured.")
+    max_generations: NonNegativeInt = Field(
+        default=100, description="Validation records for which a reply is generated and compared. 0: none."
+    )
+    max_new_tokens: PositiveInt = Field(default=256, description="Longest generated reply, in tokens.")
+    match: Literal["auto", "exact", "normalized", "json", "number", "contains"] = Field(
+        default="auto",
+        description="When a reply counts as right; auto compares JSON as JSON and text without case and space.",
+    )
+    batch_size: PositiveInt = Field(default=16, description="Replies generated at once.")
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(default=0.95, description="Level of the intervals.")
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = Field(default=2000)
+    num_samples: NonNegativeInt = Field(default=3, description="Replies shown side by side.")
+    seed: int = Field(default=0)
+
+
+class TrackingConfig(Section):
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(), description="Besides metrics.jsonl, which is always written. Each needs its own package."
+    )
+    project: str = Field(default="affina", description="Project or experiment name in the trackers.")
+
+
+class OutputConfig(Section):
+    directory: str = Field(default="runs", description="Folder that holds the run directories.")
+    name: str | None = Field(
+        default=None, description="Name of this run's directory. Not given: the YAML file's name and the date."
+    )
+
+
+class EngineConfig(Section):
+    path: Literal["auto", "reference", "fast"] = Field(
+        default="auto",
+        description="reference: transformers' own forward. fast: the fused decoder, where it is proven. auto: chooses.",
+    )
+
+
+class RunConfig(Section):
+    """The whole of one `run.yaml`, complete and valid."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = Field(default_factory=QuantizationConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
