@@ -1,0 +1,134 @@
+"""What wants to know how training goes: metrics files, the live view, trackers.
+
+Callbacks observe; they never change the run. A callback that fails is reported once and dropped (`Observers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from affina.runs.directory import RunDirectory, now
+from affina.runs.jsonlines import JsonLinesFile
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What is known when training starts."""
+
+    name: str
+    directory: str
+    model: str
+    device: str
+    precision: str
+    num_trainable: int
+    num_parameters: int
+    num_steps: int
+    first_step: int
+    num_samples: int
+    tokens_per_step: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimiser step. loss: mean over the step's supervised tokens, in nats. seconds: since the run's start."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    num_tokens: int
+    num_supervised: int
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationMetrics:
+    """loss: mean over all supervised tokens of the validation set, in nats."""
+
+    step: int
+    epoch: float
+    validation_loss: float
+    is_best: bool
+
+
+class Callback(Protocol):
+    """Gets told; must not block for long."""
+
+    def on_start(self, facts: RunFacts) -> None: ...
+    def on_step(self, metrics: StepMetrics) -> None: ...
+    def on_validation(self, metrics: ValidationMetrics) -> None: ...
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None: ...
+    def on_end(self, summary: dict[str, Any]) -> None: ...
+
+
+class BaseCallback:
+    """Does nothing; override what you need."""
+
+    def on_start(self, facts: RunFacts) -> None:
+        """Training is about to take its first step."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """An optimiser step was taken and is due for logging."""
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        """The validation loss was measured."""
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        """Something worth telling happened."""
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Training ended, in whatever way."""
+
+
+class RunFiles(BaseCallback):
+    """Writes metrics.jsonl and events.jsonl of a run directory."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._metrics = JsonLinesFile(run.metrics_file)
+        self._events = JsonLinesFile(run.events_file)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._metrics.append(asdict(metrics))
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        self._metrics.append(asdict(metrics))
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        self._events.append({"time": now(), "kind": kind, "message": message, **facts})
+
+
+class Observers:
+    """Hands every notice to each callback. A tracker that is down must not end a night's training."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = list(callbacks)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, method)(*arguments)
+            except Exception as error:  # noqa: BLE001 - third-party trackers raise anything; the run goes on
+                self._callbacks.remove(callback)
+                name = type(callback).__name__
+                self.event("callback-failed", f"{name} stopped after {type(error).__name__}: {error}", callback=name)
+
+    def start(self, facts: RunFacts) -> None:
+        self._tell("on_start", facts)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._tell("on_step", metrics)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        self._tell("on_validation", metrics)
+
+    def event(self, kind: str, message: str, **facts: Any) -> None:
+        self._tell("on_event", kind, message, facts)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self._tell("on_end", summary)

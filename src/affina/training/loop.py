@@ -1,0 +1,243 @@
+"""The training loop. There is one, and this is it.
+
+    for each optimiser step:
+        micro-batches of the step ──► objective ──► sum of losses / supervised tokens of the WHOLE step ──► backward
+        clip ──► optimiser, with the learning rate of this step
+        now and then: log, validate, save
+
+Three decisions keep it short and exact.
+
+* The objective returns a sum and a count. The sums of all micro-batches are divided by the step's total count before
+  the backward pass, so gradients do not depend on how a step is cut into micro-batches or rows.
+* Whatever changes from step to step is a pure function of the step number: which samples (`source`), the learning
+  rate (`schedule`), the random numbers of dropout (`seed_step`). Hence a checkpoint is the adapter, the optimiser and
+  a few counters, and a resumed run repeats bit for bit what an uninterrupted run would have done.
+* Everything that talks to the outside is handed in as a callable: `validate`, `save`, `observers`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from affina.errors import TrainingError
+from affina.training.callbacks import Observers, StepMetrics, ValidationMetrics
+from affina.training.loss_scale import LossScale
+from affina.training.objectives import Objective
+from affina.training.state import TrainState
+
+
+class BatchSource(Protocol):
+    """Where the micro-batches of each step come from (data/batches.py and data/collate.py, joined in build.py)."""
+
+    @property
+    def steps_per_epoch(self) -> float: ...
+
+    def step(self, step: int) -> Sequence[Any]:
+        """The micro-batches of optimiser step `step`, on the training device."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed source needs besides the step number; empty for data that is on disk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Steps between the loop's side jobs, and its limits. None switches a job off."""
+
+    num_steps: int
+    max_grad_norm: float = 1.0
+    log_every_steps: int = 1
+    evaluate_every_steps: int | None = None
+    save_every_steps: int | None = None
+    save_best: bool = False
+    early_stopping_patience: int | None = None
+    max_skipped_steps: int = 10
+    seed: int = 0
+
+
+def train(
+    model: nn.Module,
+    source: BatchSource,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    *,
+    settings: LoopSettings,
+    state: TrainState,
+    loss_scale: LossScale,
+    precision: Callable[[], AbstractContextManager[Any]],
+    validate: Callable[[], float] | None,
+    save: Callable[[TrainState], None],
+    observers: Observers,
+    stop_requested: Callable[[], bool],
+    memory_bytes: Callable[[], int],
+) -> TrainState:
+    """Train the parameters of `model` that require gradients, from `state.step` to `settings.num_steps`.
+
+    Returns `state` with `stop_reason` set. The last step is validated and saved, also after a stop request.
+
+    Raises TrainingError `loss-not-finite` when more than `max_skipped_steps` steps had NaN or infinite gradients.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    while state.stop_reason is None:
+        if state.step >= settings.num_steps:
+            state.stop_reason = "completed"
+            break
+        started = time.perf_counter()
+        seed_step(settings.seed, state.step)
+        batches = source.step(state.step)
+        num_supervised = sum(batch.num_supervised for batch in batches)
+
+        loss = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
+        for batch in batches:
+            with precision():
+                loss_sum, _ = objective(model, batch)
+            (loss_sum * (loss_scale.scale / num_supervised)).backward()
+            loss += loss_sum.detach() / num_supervised
+
+        learning_rate = schedule(state.step)
+        grad_norm = clip_gradients(parameters, settings.max_grad_norm, loss_scale.scale)
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+        else:
+            _count_skip(state, loss_scale, float(loss), settings, observers)
+        optimizer.zero_grad(set_to_none=True)
+        loss_scale.update(is_finite=is_finite)
+
+        state.step += 1
+        state.num_tokens += (num_tokens := sum(batch.num_tokens for batch in batches))
+        state.num_supervised += num_supervised
+        state.last_loss = float(loss)  # waits for the device, so the time below is the step's own
+        state.seconds += (seconds := time.perf_counter() - started)
+        state.loss_scale, state.loss_scale_good_steps = loss_scale.scale, loss_scale.good_steps
+        state.source_state = source.state()
+
+        epoch = state.step / source.steps_per_epoch
+        is_last = state.step == settings.num_steps or stop_requested()
+        if is_last or state.step % settings.log_every_steps == 0:
+            observers.step(
+                StepMetrics(
+                    step=state.step,
+                    epoch=epoch,
+                    loss=state.last_loss,
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm,
+                    tokens_per_second=num_tokens / seconds,
+                    num_tokens=state.num_tokens,
+                    num_supervised=state.num_supervised,
+                    seconds=state.seconds,
+                    memory_bytes=memory_bytes(),
+                )
+            )
+        is_best = False
+        if validate is not None and (is_last or _is_due(state.step, settings.evaluate_every_steps)):
+            is_best = _validate(model, validate, state, epoch, settings, observers)
+        if state.stop_reason is None and state.step < settings.num_steps and stop_requested():
+            state.stop_reason = "interrupted"
+        is_save_due = _is_due(state.step, settings.save_every_steps) or (settings.save_best and is_best)
+        if state.stop_reason or is_last or is_save_due:
+            save(state)
+    return state
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's generators from the run's seed and the step, so that dropout needs no saved state."""
+    # The multiplier keeps (seed, step) and (seed + 1, step - 1) apart; the mask keeps the result a valid seed.
+    torch.manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, loss_scale: float) -> float:
+    """Undo the loss scale, scale the gradients down to `max_norm` (0: leave them), and return their norm before.
+
+    The norm is taken over all parameters together, in float32; NaN or inf when any gradient is.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert gradients, "no parameter received a gradient"
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
+    )
+    true_norm = float(norm) / loss_scale
+    if not math.isfinite(true_norm):
+        return true_norm
+    factor = 1.0 / loss_scale
+    if max_norm > 0 and true_norm > max_norm:
+        factor *= max_norm / true_norm
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    return true_norm
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _count_skip(
+    state: TrainState, loss_scale: LossScale, loss: float, settings: LoopSettings, observers: Observers
+) -> None:
+    """Count a step whose gradients are not finite; raise when there were too many."""
+    if math.isfinite(loss) and loss_scale.can_shrink:
+        # Ordinary in float16: the scale was too large for this step and is about to be halved.
+        state.num_overflows += 1
+        observers.event("loss-scale-halved", f"step {state.step + 1}: float16 overflow", step=state.step + 1)
+        return
+    state.num_skipped += 1
+    observers.event(
+        "step-skipped",
+        f"step {state.step + 1} skipped: loss {loss:.4g}, gradients not finite",
+        step=state.step + 1,
+        num_skipped=state.num_skipped,
+    )
+    if state.num_skipped > settings.max_skipped_steps:
+        raise TrainingError(
+            "loss-not-finite",
+            f"{state.num_skipped} steps had NaN or infinite gradients, the last at step {state.step + 1}",
+            why=f"training.max_skipped_steps allows {settings.max_skipped_steps}; the run is not learning any more",
+            fix="lower training.learning_rate (a third of it), or training.precision: bf16 instead of fp16; "
+            "`--resume` continues from the last checkpoint",
+        )
+
+
+def _validate(
+    model: nn.Module,
+    validate: Callable[[], float],
+    state: TrainState,
+    epoch: float,
+    settings: LoopSettings,
+    observers: Observers,
+) -> bool:
+    """Measure the validation loss and remember the best; stop early when it has not improved for too long.
+
+    Returns whether this loss is the best so far.
+    """
+    model.eval()
+    loss = validate()
+    model.train()
+    is_best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
+    if is_best:
+        state.best_validation_loss, state.best_step, state.num_validations_without_gain = loss, state.step, 0
+    else:
+        state.num_validations_without_gain += 1
+    observers.validation(ValidationMetrics(step=state.step, epoch=epoch, validation_loss=loss, is_best=is_best))
+    patience = settings.early_stopping_patience
+    if patience is not None and state.num_validations_without_gain >= patience and state.step < settings.num_steps:
+        state.stop_reason = "early-stopping"
+        observers.event(
+            "early-stopping",
+            f"stopped at step {state.step}: no better validation loss in {patience} validations; "
+            f"the best, {state.best_validation_loss}, was at step {state.best_step}",
+            step=state.step,
+        )
+    return is_best

@@ -1,0 +1,106 @@
+"""From prepared samples to the micro-batches of a step, on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from affina.data.collate import Batch, collate
+from affina.data.samples import Sample, SampleStore
+
+
+class StepPlan(Protocol):
+    """A pure function from the step to the samples of its micro-batches (data/batches.py)."""
+
+    @property
+    def steps_per_epoch(self) -> float: ...
+
+    @property
+    def tokens_per_row(self) -> int | None:
+        """The fixed length of a packed row, None when rows have the length of their samples."""
+        ...
+
+    def step(self, step: int, /) -> list[list[int]]: ...
+
+
+class PlannedBatches:
+    """Samples on disk, in the order of a plan. Needs no state: step i is the same step i in every process."""
+
+    def __init__(self, store: SampleStore, plan: StepPlan, *, pad_token_id: int, device: torch.device) -> None:
+        self._store = store
+        self._plan = plan
+        self._pad_token_id = pad_token_id
+        self._device = device
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self._plan.steps_per_epoch
+
+    def step(self, step: int) -> list[Batch]:
+        return [self._batch(self._store.take(indices)) for indices in self._plan.step(step)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        batch = collate(samples, num_tokens=self._plan.tokens_per_row, pad_token_id=self._pad_token_id)
+        return batch.to(self._device)
+
+
+class StepStream(Protocol):
+    """Packed steps from a source that is read while training (data/batches.py)."""
+
+    @property
+    def tokens_per_row(self) -> int | None: ...
+
+    def __next__(self) -> list[list[Sample]]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+class StreamedBatches:
+    """Steps in the order in which a stream yields them; a resumed run hands in a stream restored from `state()`."""
+
+    def __init__(
+        self, stream: StepStream, *, num_steps: int, first_step: int, pad_token_id: int, device: torch.device
+    ) -> None:
+        self._stream = stream
+        self._next_step = first_step
+        self._num_steps = num_steps
+        self._pad_token_id = pad_token_id
+        self._device = device
+
+    @property
+    def steps_per_epoch(self) -> float:
+        # A stream has no epochs; the whole run counts as one.
+        return float(self._num_steps)
+
+    def step(self, step: int) -> list[Batch]:
+        assert step == self._next_step, "a stream goes forward only"
+        self._next_step += 1
+        return [
+            collate(samples, num_tokens=self._stream.tokens_per_row, pad_token_id=self._pad_token_id).to(self._device)
+            for samples in next(self._stream)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return self._stream.state()
+
+
+def validation_batches(
+    store: SampleStore, *, row_tokens: int, pad_token_id: int, device: torch.device, max_samples: int
+) -> Iterator[Batch]:
+    """Validation samples laid end to end in rows of at most `row_tokens` tokens, in their stored order."""
+    row: list[Sample] = []
+    used = 0
+    for index in range(min(len(store), max_samples)):
+        sample = store[index]
+        if row and used + len(sample) > row_tokens:
+            yield collate(row, num_tokens=None, pad_token_id=pad_token_id).to(device)
+            row, used = [], 0
+        row.append(sample)
+        used += len(sample)
+    if row:
+        yield collate(row, num_tokens=None, pad_token_id=pad_token_id).to(device)
