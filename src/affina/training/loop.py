@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,7 +73,6 @@ def train(
     settings: LoopSettings,
     state: TrainState,
     loss_scale: LossScale,
-    precision: Callable[[], AbstractContextManager[Any]],
     validate: Callable[[], float] | None,
     save: Callable[[TrainState], None],
     observers: Observers,
@@ -100,8 +98,7 @@ def train(
 
         loss = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         for batch in batches:
-            with precision():
-                loss_sum, _ = objective(model, batch)
+            loss_sum, _ = objective(model, batch)
             (loss_sum * (loss_scale.scale / num_supervised)).backward()
             loss += loss_sum.detach() / num_supervised
 

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
+from affina.data.batches import StreamingBatches
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample, SampleStore
+from affina.errors import TrainingError
 
 
 class StepPlan(Protocol):
@@ -49,24 +51,20 @@ class PlannedBatches:
         return batch.to(self._device)
 
 
-class StepStream(Protocol):
-    """Packed steps from a source that is read while training (data/batches.py)."""
-
-    @property
-    def tokens_per_row(self) -> int | None: ...
-
-    def __next__(self) -> list[list[Sample]]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-
 class StreamedBatches:
-    """Steps in the order in which a stream yields them; a resumed run hands in a stream restored from `state()`."""
+    """Steps in the order in which a stream yields them; a resumed run hands in a stream with the saved position."""
 
     def __init__(
-        self, stream: StepStream, *, num_steps: int, first_step: int, pad_token_id: int, device: torch.device
+        self,
+        stream: StreamingBatches,
+        *,
+        num_steps: int,
+        first_step: int,
+        pad_token_id: int,
+        device: torch.device,
     ) -> None:
         self._stream = stream
+        self._steps = iter(stream)
         self._next_step = first_step
         self._num_steps = num_steps
         self._pad_token_id = pad_token_id
@@ -78,15 +76,27 @@ class StreamedBatches:
         return float(self._num_steps)
 
     def step(self, step: int) -> list[Batch]:
+        """The next step's micro-batches. Raises TrainingError `stream-empty` when the stream has no more."""
         assert step == self._next_step, "a stream goes forward only"
         self._next_step += 1
         return [
             collate(samples, num_tokens=self._stream.tokens_per_row, pad_token_id=self._pad_token_id).to(self._device)
-            for samples in next(self._stream)
+            for samples in self._next_rows()
         ]
 
     def state(self) -> dict[str, Any]:
-        return self._stream.state()
+        return self._stream.state.to_dict()
+
+    def _next_rows(self) -> list[list[Sample]]:
+        rows = next(self._steps, None)
+        if rows is None:
+            raise TrainingError(
+                "stream-empty",
+                f"the data stream ended before step {self._next_step} of {self._num_steps}",
+                why="data.streaming reads the sources once per pass and found nothing more",
+                fix="lower training.max_steps, or add data",
+            )
+        return rows
 
 
 def validation_batches(

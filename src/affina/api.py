@@ -1,0 +1,403 @@
+"""One function per verb: what the command line, notebooks and later the studio call.
+
+    import affina
+
+    result = affina.train("run.yaml")
+    print(affina.evaluate(result.run).verdict)
+
+This is the only module with imports inside functions for the sake of start-up time: torch, transformers and datasets
+are loaded when a verb needs them. Values go from one package to the next here; the packages do not know each other.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affina.config import ResolvedConfig, load_config, load_mapping
+from affina.errors import AffinaError, RunError
+from affina.runs import atomic
+from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
+from affina.runs.directory import RunDirectory, create_run, default_name, now, open_run, process_identity
+from affina.runs.directory import list_runs as find_runs
+
+if TYPE_CHECKING:
+    from affina.data.prepare import PreparedData
+    from affina.data.report import DataReport
+    from affina.data.tokenizer import LoadedTokenizer
+    from affina.evaluation.chat import ChatSession
+    from affina.evaluation.compare import EvaluationResult
+    from affina.export.merge import MergeReport
+    from affina.models.build import LoadedModel
+    from affina.runs.index import RunComparison, RunSummary
+    from affina.training.callbacks import Callback
+    from affina.training.run import TrainingOutcome
+
+ConfigLike = str | Path | Mapping[str, Any] | ResolvedConfig | None
+RunLike = str | Path | RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training run left behind.
+
+    run:               the run directory
+    adapter:           the adapter's folder, loadable by PEFT; None while the run is interrupted
+    status:            finished or interrupted
+    seconds:           of training alone, without loading, validation and evaluation
+    tokens_per_second: tokens of samples (no padding) per second of training
+    evaluation:        base against tuned, None when it was switched off or there is no validation set
+    """
+
+    run: Path
+    adapter: Path | None
+    status: str
+    stop_reason: str
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    num_tokens: int
+    final_loss: float | None
+    best_validation_loss: float | None
+    best_step: int | None
+    saved_step: int
+    num_skipped_steps: int
+    peak_memory_bytes: int
+    num_trainable: int
+    num_parameters: int
+    evaluation: EvaluationResult | None
+    report: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `evaluation` has the shape of `affina eval --json`."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "evaluation"}
+        values["evaluation"] = self.evaluation.to_dict() if self.evaluation is not None else None
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def check(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> ResolvedConfig:
+    """The complete, valid config with the origin of every value. Loads nothing and needs no torch.
+
+    Raises AffinaErrors with every mistake of the file.
+    """
+    if isinstance(config, ResolvedConfig):
+        return config
+    if isinstance(config, Mapping):
+        return load_mapping(dict(config), overrides=overrides, preset=preset)
+    return load_config(Path(config) if config is not None else None, overrides, preset)
+
+
+def prepare(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> PreparedData:
+    """Read, check, split, render and tokenise the data of a config, from the cache where nothing has changed."""
+    from affina.data.build import prepare_from_config
+    from affina.data.tokenizer import load_tokenizer
+
+    resolved = check(config, overrides=overrides, preset=preset)
+    model = resolved.config.model
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return prepare_from_config(resolved.config, tokenizer)
+
+
+def inspect_data(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> DataReport:
+    """What `affina data` shows: lengths, masks, truncation, duplicates, conflicts, leakage, personal data."""
+    return prepare(config, overrides=overrides, preset=preset).report
+
+
+def train(
+    config: ConfigLike = None,
+    *,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    resume: str | Path | bool | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Prepare, train, evaluate and save. Without a config: the preset `laptop`, which needs neither GPU nor hub.
+
+    resume: a run directory or one of its checkpoints to continue; True continues the run named by output.name
+
+    Raises AffinaError; what was saved before an error stays and can be resumed.
+    """
+    from affina.data.build import prepare_from_config
+    from affina.data.tokenizer import load_tokenizer
+
+    checkpoint: Checkpoint | None = None
+    if resume:
+        run, checkpoint = _find_checkpoint(resume, config, overrides=overrides, preset=preset)
+        resolved = _resume_config(run, config, overrides=overrides, preset=preset)
+    else:
+        resolved = check(config, overrides=overrides, preset=preset)
+        run = create_run(
+            Path(resolved.config.output.directory).expanduser(),
+            resolved.config.output.name or default_name(_config_stem(config, preset)),
+        )
+        _write_config(run, resolved)
+    settings = resolved.config
+    run.update_manifest(
+        {
+            **({} if checkpoint else {"created": now(), "affina": _version(), "name": run.name}),
+            "status": "running",
+            "command": shlex.join(["affina", *sys.argv[1:]]) if sys.argv and "affina" in sys.argv[0] else None,
+            "config_hash": resolved.hash(),
+            "model": settings.model.path,
+            "method": settings.adapter.method,
+            "quantization": settings.quantization.method,
+            **process_identity(),
+        }
+    )
+    started = time.monotonic()
+    try:
+        tokenizer = load_tokenizer(
+            settings.model.path,
+            revision=settings.model.revision,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
+        data = prepare_from_config(settings, tokenizer)
+        _record_data(run, data, is_resumed=checkpoint is not None)
+        loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, callbacks)
+        status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
+        run.update_manifest(
+            {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
+        )
+        evaluation = None
+        if status == "finished" and settings.evaluation.enabled and data.validation is not None:
+            evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded)
+    except AffinaError as error:
+        run.update_manifest({"status": "failed", "error": error.to_dict()})
+        run.log_event("failed", error.what, code=error.code)
+        raise
+    except BaseException as error:
+        run.update_manifest({"status": "failed", "error": {"code": "unexpected", "what": repr(error)}})
+        raise
+    return TrainResult(
+        run=run.path,
+        adapter=run.adapter if status == "finished" else None,
+        status=status,
+        stop_reason=outcome.stop_reason,
+        steps=outcome.num_steps,
+        seconds=outcome.seconds,
+        tokens_per_second=outcome.tokens_per_second,
+        num_tokens=outcome.num_tokens,
+        final_loss=outcome.final_loss,
+        best_validation_loss=outcome.best_validation_loss,
+        best_step=outcome.best_step,
+        saved_step=outcome.saved_step,
+        num_skipped_steps=outcome.num_skipped,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        num_trainable=outcome.num_trainable,
+        num_parameters=outcome.num_parameters,
+        evaluation=evaluation,
+        report=run.evaluation / "report.html" if evaluation is not None else None,
+    )
+
+
+def _train_model(
+    settings: Any,
+    run: RunDirectory,
+    data: PreparedData,
+    tokenizer: LoadedTokenizer,
+    checkpoint: Checkpoint | None,
+    callbacks: Sequence[Callback],
+) -> tuple[LoadedModel, TrainingOutcome]:
+    from affina.models.build import load_for_training
+    from affina.training.run import describe_environment, run_training
+
+    loaded = load_for_training(settings)
+    run.update_manifest({"environment": describe_environment(loaded.device_name), "base": loaded.identity})
+    return loaded, run_training(settings, run, data, tokenizer, loaded, checkpoint=checkpoint, callbacks=callbacks)
+
+
+def evaluate(run: RunLike, *, max_records: int | None = None, max_generations: int | None = None) -> EvaluationResult:
+    """Base against adapter on the run's validation records; writes evaluation/ with the HTML report.
+
+    Raises RunError when the run has no adapter, EvaluationError when it has no validation records.
+    """
+    from affina.models.build import load_for_inference
+
+    directory = _finished_run(run)
+    resolved = _run_config(directory)
+    settings = resolved.config
+    changes = {"max_records": max_records, "max_generations": max_generations}
+    given = {key: value for key, value in changes.items() if value is not None}
+    if given:
+        settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=given)})
+    tokenizer, data = _tokenizer_and_data(settings)
+    loaded = load_for_inference(settings, directory.adapter, contract=data.contract)
+    return _evaluate_loaded(directory, settings, data, tokenizer, loaded)
+
+
+def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> MergeReport:
+    """Write base + adapter as one plain transformers model into `output`, and verify its logits before returning."""
+    from affina.export.build import merge_run
+
+    directory = _finished_run(run)
+    return merge_run(directory, _run_config(directory).config, Path(output), dtype=dtype)
+
+
+def open_chat(run: RunLike) -> ChatSession:
+    """A conversation with a run's model; the base can answer the same prompts for comparison."""
+    from affina.data.build import build_template
+    from affina.data.tokenizer import load_tokenizer
+    from affina.evaluation.build import open_chat_session
+    from affina.models.build import load_for_inference
+
+    directory = _finished_run(run)
+    settings = _run_config(directory).config
+    tokenizer = load_tokenizer(
+        settings.model.path, revision=settings.model.revision, trust_remote_code=settings.model.trust_remote_code
+    )
+    template = build_template(settings, tokenizer)
+    loaded = load_for_inference(settings, directory.adapter, contract=template.contract())
+    return open_chat_session(settings, tokenizer, template, loaded)
+
+
+def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
+    """The runs in a folder, oldest first."""
+    from affina.runs.index import summarize
+
+    return [summarize(run) for run in find_runs(Path(directory))]
+
+
+def compare_runs(first: RunLike, second: RunLike) -> RunComparison:
+    """The settings in which two runs differ, and their results side by side."""
+    from affina.runs.index import compare
+
+    return compare(_open(first), _open(second))
+
+
+def _evaluate_loaded(
+    run: RunDirectory, settings: Any, data: PreparedData, tokenizer: LoadedTokenizer, loaded: LoadedModel
+) -> EvaluationResult:
+    from affina.evaluation.build import evaluate_run
+
+    return evaluate_run(run, settings, data, tokenizer, loaded)
+
+
+def _tokenizer_and_data(settings: Any) -> tuple[LoadedTokenizer, PreparedData]:
+    from affina.data.build import prepare_from_config
+    from affina.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        settings.model.path, revision=settings.model.revision, trust_remote_code=settings.model.trust_remote_code
+    )
+    return tokenizer, prepare_from_config(settings, tokenizer)
+
+
+def _version() -> str:
+    from affina import __version__
+
+    return __version__
+
+
+def _open(run: RunLike) -> RunDirectory:
+    return run if isinstance(run, RunDirectory) else open_run(Path(run))
+
+
+def _finished_run(run: RunLike) -> RunDirectory:
+    """A run that has an adapter. Raises RunError `run-unfinished` otherwise."""
+    directory = _open(run)
+    if not (directory.adapter / "adapter_config.json").is_file():
+        status = directory.status()
+        raise RunError(
+            "run-unfinished",
+            f"{directory.path} has no adapter yet (its status is {status})",
+            fix="wait until it is done"
+            if status == "running"
+            else f"continue it with `affina train --resume {directory.path}`",
+        )
+    return directory
+
+
+def _run_config(run: RunDirectory) -> ResolvedConfig:
+    """The config that a run was started with."""
+    return load_config(run.config_file, (), None)
+
+
+def _config_stem(config: ConfigLike, preset: str | None) -> str:
+    if isinstance(config, str | Path):
+        return Path(config).stem
+    return preset or ("laptop" if config is None else "run")
+
+
+def _write_config(run: RunDirectory, resolved: ResolvedConfig) -> None:
+    atomic.write_text(run.config_file, resolved.to_yaml())
+    atomic.write_json(run.origins_file, resolved.origins_to_dict())
+
+
+def _record_data(run: RunDirectory, data: PreparedData, *, is_resumed: bool) -> None:
+    """Store what was trained on; a resumed run must find the same."""
+    if is_resumed:
+        before = run.read_manifest().get("data_fingerprint")
+        if before is not None and before != data.fingerprint:
+            raise RunError(
+                "resume-data-changed",
+                f"the data of {run.path} is not what it was when the run began",
+                why="other records, another tokenizer or another template would continue a different run",
+                fix="put the data back as it was, or start a new run",
+            )
+    run.update_manifest({"data_fingerprint": data.fingerprint, "template": data.contract})
+    atomic.write_json(run.data / "report.json", data.report.to_dict())
+    atomic.write_json(run.data / "splits.json", data.split_hashes)
+
+
+def _find_checkpoint(
+    resume: str | Path | bool, config: ConfigLike, *, overrides: Sequence[str], preset: str | None
+) -> tuple[RunDirectory, Checkpoint]:
+    """The run and the checkpoint that `resume` names; the newest checkpoint of a run."""
+    if resume is True:
+        output = check(config, overrides=overrides, preset=preset).config.output
+        if output.name is None:
+            raise RunError(
+                "resume-unnamed",
+                "--resume without a path needs output.name",
+                fix="name the run: --resume runs/NAME (`affina runs` lists them)",
+            )
+        path = Path(output.directory).expanduser() / output.name
+    else:
+        path = Path(str(resume))
+    if path.parent.name == "checkpoints":
+        run = open_run(path.parent.parent)
+        for checkpoint in list_checkpoints(run.checkpoints):
+            if checkpoint.path.name == path.name:
+                return run, checkpoint
+        raise RunError(
+            "checkpoint-missing",
+            f"{path} is not a checkpoint",
+            fix="checkpoints of this run: "
+            + (", ".join(entry.path.name for entry in list_checkpoints(run.checkpoints)) or "none"),
+        )
+    run = open_run(path)
+    if run.status() == "running":
+        raise RunError(
+            "run-running",
+            f"{path} is still being trained by process {run.read_manifest().get('pid')}",
+            fix="wait for it, or stop it first",
+        )
+    return run, latest_checkpoint(run.checkpoints)
+
+
+def _resume_config(
+    run: RunDirectory, config: ConfigLike, *, overrides: Sequence[str], preset: str | None
+) -> ResolvedConfig:
+    """The config of the run that is continued. A config given besides must not change what is trained."""
+    saved = _run_config(run)
+    if config is None and not overrides and preset is None:
+        return saved
+    wanted = check(config, overrides=overrides, preset=preset) if config is not None or preset else None
+    if wanted is None:
+        wanted = load_config(run.config_file, overrides, None)
+    if wanted.hash() != saved.hash():
+        from affina.config.resolved import differences
+
+        changed = ", ".join(differences(saved.config, wanted.config)[:5])
+        raise RunError(
+            "resume-config-changed",
+            f"the config differs from the one that {run.path} was started with: {changed}",
+            why="a resumed run continues the same experiment",
+            fix=f"leave the config out (`affina train --resume {run.path}`), or start a new run with the new values",
+        )
+    return saved

@@ -1,0 +1,229 @@
+"""How training looks: a live view on a terminal, plain lines anywhere else. Both are callbacks of the loop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # training imports torch; the command line must start without it
+    from affina.training.callbacks import RunFacts, StepMetrics, ValidationMetrics
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.-=*#"
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `3:07 min`, `2:05 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`812 MiB`, `5.31 GiB`."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def format_count(count: float) -> str:
+    """`1.85 M`, `33.0 M`, `4.02 B`, `812`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def sparkline(values: list[float], width: int, *, blocks: str = _BLOCKS) -> str:
+    """The course of `values` in one line of at most `width` characters; each is the mean of its stretch."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [round(index * len(values) / width) for index in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(blocks[min(int((mean - low) / span * len(blocks)), len(blocks) - 1)] for mean in means)
+
+
+class _Progress:
+    """What both views show: counters, smoothed speed, time left."""
+
+    def __init__(self) -> None:
+        self.facts: RunFacts | None = None
+        self.last: StepMetrics | None = None
+        self.validation: ValidationMetrics | None = None
+        self.first_validation: float | None = None
+        self.losses: list[float] = []
+        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+
+    def on_start(self, facts: RunFacts) -> None:
+        self.facts = facts
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.last = metrics
+        self.losses.append(metrics.loss)
+        self._recent.append((metrics.seconds, metrics.step))
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        self.validation = metrics
+        if self.first_validation is None:
+            self.first_validation = metrics.validation_loss
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        """Shown by the views that want to."""
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Shown by the views that want to."""
+
+    def seconds_left(self) -> float | None:
+        """Time to the last step at the speed of the last 20 logged steps."""
+        if self.facts is None or self.last is None or len(self._recent) < 2:
+            return None
+        (seconds_before, step_before), (seconds, step) = self._recent[0], self._recent[-1]
+        if step == step_before:
+            return None
+        return (self.facts.num_steps - step) * (seconds - seconds_before) / (step - step_before)
+
+
+_QUIET_EVENTS = frozenset({"checkpoint", "loss-scale-halved"})
+
+
+class PlainLines(_Progress):
+    """One line at the start, at most one every few seconds, and one for each validation and event."""
+
+    def __init__(self, console: Console, *, seconds_between: float = 5.0) -> None:
+        super().__init__()
+        self._console = console
+        self._seconds_between = seconds_between
+        self._printed = -seconds_between
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def on_start(self, facts: RunFacts) -> None:
+        super().on_start(facts)
+        for line in start_lines(facts):
+            self._print(line)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        super().on_step(metrics)
+        assert self.facts is not None
+        is_last = metrics.step == self.facts.num_steps
+        if not is_last and time.monotonic() - self._printed < self._seconds_between:
+            return
+        self._printed = time.monotonic()
+        left = self.seconds_left()
+        self._print(
+            f"step {metrics.step}/{self.facts.num_steps}  loss {metrics.loss:.4f}  "
+            f"lr {metrics.learning_rate:.2e}  {metrics.tokens_per_second:,.0f} tokens/s  "
+            f"{format_bytes(metrics.memory_bytes)}" + (f"  {format_seconds(left)} left" if left and not is_last else "")
+        )
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        super().on_validation(metrics)
+        best = "  (best so far)" if metrics.is_best else ""
+        self._print(f"step {metrics.step}  validation loss {metrics.validation_loss:.4f}{best}")
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        if kind not in _QUIET_EVENTS:
+            self._print(f"{kind}: {message}")
+
+
+def start_lines(facts: RunFacts) -> list[str]:
+    """The run in two or three lines, before the first step."""
+    share = facts.num_trainable / facts.num_parameters
+    lines = [
+        f"{facts.model} on {facts.device}, {facts.precision}: trains {format_count(facts.num_trainable)} "
+        f"of {format_count(facts.num_parameters)} parameters ({share:.2%})",
+        f"{facts.num_samples:,} samples, {facts.num_steps - facts.first_step} steps of about "
+        f"{facts.tokens_per_step:,.0f} tokens, into {facts.directory}",
+    ]
+    return lines + [f"note: {note}" for note in facts.notes]
+
+
+class LiveView(_Progress):
+    """A small dashboard that redraws in place: progress, losses, speed, memory, time left, the loss curve."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self.render, transient=False)
+        self._is_live = False
+        self._messages: deque[str] = deque(maxlen=3)
+
+    def on_start(self, facts: RunFacts) -> None:
+        super().on_start(facts)
+        for line in start_lines(facts):
+            self._console.print(line, highlight=False, markup=False)
+        self._live.start()
+        self._is_live = True
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        if kind in _QUIET_EVENTS:
+            return
+        self._messages.append(f"{kind}: {message}")
+        if not self._is_live:
+            self._console.print(f"{kind}: {message}", highlight=False, markup=False)
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the last picture on the screen. Safe to call twice."""
+        if self._is_live:
+            self._is_live = False
+            self._live.stop()
+
+    def render(self) -> RenderableType:
+        if self.facts is None:
+            return Text("")
+        if self.last is None:
+            return Text("first step …", style="dim")
+        width = min(self._console.width, 100)
+        blocks = _BLOCKS if self._console.encoding.lower().startswith("utf") else _ASCII_BLOCKS
+        done, total = self.last.step, self.facts.num_steps
+        left = self.seconds_left()
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            ProgressBar(total=total, completed=done, width=max(width - 46, 10)),
+            Text(f"{done}/{total}"),
+            Text(f"epoch {self.last.epoch:.2f}"),
+            Text("done" if done == total else f"{format_seconds(left)} left" if left is not None else "", style="bold"),
+        )
+        numbers = Table.grid(padding=(0, 3))
+        for _ in range(3):
+            numbers.add_column(min_width=24)
+        validation = "-"
+        if self.validation is not None:
+            validation = f"{self.validation.validation_loss:.4f}" + (" (best)" if self.validation.is_best else "")
+        numbers.add_row(
+            self._number("loss", f"{self.last.loss:.4f}"),
+            self._number("tokens/s", f"{self.last.tokens_per_second:,.0f}"),
+            self._number("learning rate", f"{self.last.learning_rate:.2e}"),
+        )
+        numbers.add_row(
+            self._number("validation", validation),
+            self._number("memory", format_bytes(self.last.memory_bytes)),
+            self._number("time", format_seconds(self.last.seconds)),
+        )
+        curve = Text(sparkline(self.losses, width - 6, blocks=blocks), style="cyan")
+        parts: list[RenderableType] = [Text(""), bar, numbers, Text.assemble(("loss  ", "dim"), curve)]
+        parts += [Text(message, style="yellow") for message in self._messages]
+        return Group(*parts)
+
+    @staticmethod
+    def _number(name: str, value: str) -> Text:
+        return Text.assemble((f"{name} ", "dim"), (value, "bold"))
+
+
+def training_view(console: Console) -> LiveView | PlainLines:
+    """The live view on a terminal that can redraw, plain lines otherwise."""
+    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainLines(console)

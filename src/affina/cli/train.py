@@ -1,0 +1,103 @@
+"""`affina train`: prepare, train, compare with the base, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from affina.cli import render
+from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
+
+if TYPE_CHECKING:
+    from affina.api import TrainResult
+
+_LATEST = "latest"
+EXIT_STOPPED = 130
+
+
+def train_command(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    preset: PresetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Continue a run: its directory, one of its checkpoints, or 'latest' for the one named by output.name.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a model, compare it with its base on held-out records, and save the adapter.
+
+    Without a config it fine-tunes the model that ships with affina, on this machine's CPU.
+    """
+    from affina import api
+    from affina.cli.live import training_view
+
+    console = render.stderr()
+    if resume is None:
+        render.print_notes(api.check(config, overrides=overrides or (), preset=preset).warnings)
+
+    view = training_view(console)
+    if not as_json:
+        console.print("reading the data and the model …", style="dim")
+    try:
+        result = api.train(
+            config,
+            overrides=overrides or (),
+            preset=preset,
+            resume=True if resume == _LATEST else resume,
+            callbacks=(view,),
+        )
+    finally:
+        view.on_end({})
+    if as_json:
+        render.print_json(result.to_dict())
+    else:
+        print_train_result(render.stdout(), result)
+    if result.status == "interrupted":
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def print_train_result(console: Console, result: TrainResult) -> None:
+    """How the run ended, what it brought, where things are, and what to type next."""
+    from affina.cli.live import format_bytes, format_seconds
+    from affina.evaluation.terminal import print_result
+
+    if result.status == "interrupted":
+        console.print(f"stopped at step {result.steps}; everything up to there is saved")
+        console.print(f"continue with: affina train --resume {result.run}", style="bold")
+        return
+    saved = f", kept step {result.saved_step} (lowest validation loss)" if result.saved_step != result.steps else ""
+    console.print(
+        f"trained {result.steps} steps in {format_seconds(result.seconds)} "
+        f"({result.tokens_per_second:,.0f} tokens/s, peak memory {format_bytes(result.peak_memory_bytes)}){saved}"
+    )
+    if result.num_skipped_steps:
+        events = result.run / "events.jsonl"
+        console.print(f"{result.num_skipped_steps} steps were skipped: see {events}", style="yellow")
+    commands = next_commands(result.run)
+    if result.evaluation is not None:
+        print_result(console, result.evaluation, next_commands=())
+    console.print()
+    console.print(f"adapter  {result.adapter}")
+    if result.report is not None:
+        console.print(f"report   {result.report}")
+    console.print("\nnext", style="bold")
+    width = max(len(command) for command, _ in commands)
+    for command, purpose in commands:
+        console.print(f"  {command:<{width}}   {purpose}", soft_wrap=True)
+
+
+def next_commands(run: Path) -> list[tuple[str, str]]:
+    """What a person does after training, with the run's own path in it."""
+    return [
+        (f"affina chat {run}", "talk to it; /base asks the model it came from"),
+        (f"affina merge {run} -o merged", "one plain model, verified against the adapter"),
+        ("affina runs", "all runs; two names compare them"),
+    ]

@@ -1,0 +1,85 @@
+"""From the `training` section to the loop's plain arguments: the last place that sees the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from affina.config.schema import TrackingConfig, TrainingConfig
+from affina.training.callbacks import Callback
+from affina.training.loop import LoopSettings
+from affina.training.optim import OptimizerOptions
+from affina.training.schedule import Schedule
+from affina.training.trackers import build_tracker
+
+VALIDATIONS_PER_RUN = 10
+WARMUP_SHARE = 0.03
+
+
+def build_settings(config: TrainingConfig, *, num_steps: int, has_validation: bool) -> LoopSettings:
+    """The loop's settings; intervals that the user left open become about ten per run."""
+    tenth = max(1, math.ceil(num_steps / VALIDATIONS_PER_RUN))
+    evaluate_every = config.evaluate_every_steps or tenth
+    return LoopSettings(
+        num_steps=num_steps,
+        max_grad_norm=config.max_grad_norm,
+        log_every_steps=config.log_every_steps,
+        evaluate_every_steps=evaluate_every if has_validation else None,
+        save_every_steps=config.save_every_steps or evaluate_every,
+        save_best=config.keep_best and has_validation,
+        early_stopping_patience=config.early_stopping_patience if has_validation else None,
+        max_skipped_steps=config.max_skipped_steps,
+        seed=config.seed,
+    )
+
+
+def build_schedule(config: TrainingConfig, *, num_steps: int) -> Schedule:
+    """The learning rate of every step; 3% warm-up, at least one step, where the user left it open."""
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = max(1, round(WARMUP_SHARE * num_steps))
+    return Schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=min(warmup, num_steps),
+        min_ratio=config.min_learning_rate_ratio,
+    )
+
+
+def build_optimizer_options(config: TrainingConfig) -> OptimizerOptions:
+    """The optimiser's name and constants."""
+    return OptimizerOptions(
+        config.optimizer,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def build_trackers(config: TrackingConfig, *, directory: Path, name: str) -> Sequence[Callback]:
+    """The trackers that the config asks for. Raises TrainingError when one's package is not installed."""
+    return [build_tracker(kind, directory=directory, project=config.project, name=name) for kind in config.trackers]
+
+
+def checkpoint_bytes(num_trainable: int, *, keep_last: int) -> int:
+    """Upper estimate of a run's disk space: fp32 adapter and two Adam moments per checkpoint, one in the making.
+
+    The best checkpoint and the result are two more copies.
+    """
+    per_checkpoint = num_trainable * 4 * 3 + (1 << 20)
+    return per_checkpoint * (keep_last + 2) + num_trainable * 4
+
+
+def should_recompute(
+    *, num_layers: int, hidden_size: int, intermediate_size: int, row_tokens: int, bytes_per_value: int, free_bytes: int
+) -> bool:
+    """Whether activations of one row would crowd the device, so that recomputing them is the safer default.
+
+    About 20 hidden-sized and 4 intermediate-sized values per token and layer are kept for the backward pass of a
+    frozen decoder with adapters (Qwen3-4B in bf16: 180,224 bytes a token and layer by this rule, 174,472 counted).
+    Half of the free memory is left for logits, gradients and fragmentation.
+    """
+    kept = row_tokens * num_layers * (20 * hidden_size + 4 * intermediate_size) * bytes_per_value
+    return kept > 0.5 * free_bytes

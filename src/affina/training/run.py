@@ -1,0 +1,341 @@
+"""One training run from prepared data to a saved adapter: joins data, model, loop and run directory.
+
+Reads top to bottom: what to train, on which batches, with which observers, and what is left behind at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from affina.config.schema import RunConfig
+from affina.data.batches import BatchPlan, StreamingBatches, StreamState
+from affina.data.build import open_training_stream
+from affina.data.prepare import PreparedData
+from affina.data.samples import SampleStore
+from affina.data.tokenizer import LoadedTokenizer
+from affina.errors import RunError, TrainingError
+from affina.models.adapters import restore_adapter_weights, save_adapter
+from affina.models.build import LoadedModel
+from affina.models.device import memory_stats
+from affina.models.forward import supervised_loss
+from affina.runs import atomic
+from affina.runs.checkpoints import Checkpoint, require_whole
+from affina.runs.directory import RunDirectory, require_free_space
+from affina.runs.jsonlines import JsonLinesFile
+from affina.training.build import (
+    build_optimizer_options,
+    build_schedule,
+    build_settings,
+    build_trackers,
+    checkpoint_bytes,
+)
+from affina.training.callbacks import Callback, Observers, RunFacts, RunFiles
+from affina.training.checkpoint import CheckpointWriter, restore_optimizer, restore_state
+from affina.training.determinism import deterministic_kernels
+from affina.training.loop import BatchSource, train
+from affina.training.loss_scale import LossScale
+from affina.training.objectives.sft import sft_objective
+from affina.training.optim import build_optimizer
+from affina.training.signals import stop_on_signals
+from affina.training.source import PlannedBatches, StreamedBatches, validation_batches
+from affina.training.state import StopReason, TrainState
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "affina.json", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOutcome:
+    """What a run ended with. seconds and tokens_per_second are of training alone, without validation."""
+
+    stop_reason: StopReason
+    num_steps: int
+    seconds: float
+    tokens_per_second: float
+    num_tokens: int
+    num_supervised: int
+    final_loss: float | None
+    best_validation_loss: float | None
+    best_step: int | None
+    saved_step: int
+    num_skipped: int
+    peak_memory_bytes: int
+    num_trainable: int
+    num_parameters: int
+
+
+def run_training(
+    config: RunConfig,
+    run: RunDirectory,
+    data: PreparedData,
+    tokenizer: LoadedTokenizer,
+    loaded: LoadedModel,
+    *,
+    checkpoint: Checkpoint | None,
+    callbacks: Sequence[Callback],
+) -> TrainingOutcome:
+    """Train `loaded.model`'s adapter and leave the result in `run.adapter` and in the model itself.
+
+    checkpoint: where to continue, verified here; None starts at step 0
+
+    Raises TrainingError, RunError; whatever was saved before stays.
+    """
+    model, device = loaded.model, loaded.device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable = sum(parameter.numel() for parameter in parameters)
+    num_parameters = loaded.num_parameters
+    require_free_space(run.path, checkpoint_bytes(num_trainable, keep_last=config.training.keep_last))
+
+    optimizer = build_optimizer(parameters, build_optimizer_options(config.training))
+    state = TrainState()
+    if checkpoint is not None:
+        state = _restore(checkpoint, model, optimizer, run)
+
+    source, num_steps, num_samples = _build_source(config, data, tokenizer, device, state)
+    has_validation = data.validation is not None and len(data.validation) > 0
+    settings = build_settings(config.training, num_steps=num_steps, has_validation=has_validation)
+    observers = Observers(
+        [
+            RunFiles(run),
+            *callbacks,
+            *build_trackers(config.tracking, directory=run.path, name=run.name),
+        ]
+    )
+    writer = CheckpointWriter(
+        run.checkpoints,
+        write_adapter=lambda folder: save_adapter(model, folder, contract=data.contract, base=loaded.identity),
+        optimizer=optimizer,
+        observers=observers,
+        keep_last=config.training.keep_last,
+        keep_best=settings.save_best,
+    )
+    if checkpoint is not None:
+        observers.event("resumed", f"continues from step {state.step}", step=state.step)
+    for note in loaded.notes:
+        observers.event("note", note)
+    observers.start(
+        RunFacts(
+            name=run.name,
+            directory=str(run.path),
+            model=config.model.path,
+            device=loaded.device_name,
+            precision=loaded.precision_name,
+            num_trainable=num_trainable,
+            num_parameters=num_parameters,
+            num_steps=num_steps,
+            first_step=state.step,
+            num_samples=num_samples,
+            tokens_per_step=_tokens_per_step(config, data, num_steps),
+            notes=loaded.notes,
+        )
+    )
+    peak = PeakMemory(device)
+    loss_scale = LossScale.for_precision(is_float16=loaded.compute_dtype is torch.float16)
+    if checkpoint is not None and loss_scale.enabled:
+        loss_scale.scale, loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
+    try:
+        with deterministic_kernels(config.training.deterministic), stop_on_signals() as stop:
+            train(
+                model,
+                source,
+                sft_objective,
+                optimizer,
+                build_schedule(config.training, num_steps=num_steps),
+                settings=settings,
+                state=state,
+                loss_scale=loss_scale,
+                validate=_build_validator(config, data.validation, tokenizer, loaded) if has_validation else None,
+                save=writer,
+                observers=observers,
+                stop_requested=lambda: bool(stop),
+                memory_bytes=peak,
+            )
+        writer.require_last_written()
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(config, error) from error
+    finally:
+        observers.end({"step": state.step, "stop_reason": state.stop_reason})
+    saved_step = state.step
+    if settings.save_best and state.best_step is not None and state.stop_reason != "interrupted":
+        saved_step = state.best_step
+    if state.stop_reason != "interrupted":
+        publish_adapter(run, saved_step)
+        restore_adapter_weights(model, run.adapter)
+    assert state.stop_reason is not None
+    return TrainingOutcome(
+        stop_reason=state.stop_reason,
+        num_steps=state.step,
+        seconds=state.seconds,
+        tokens_per_second=state.num_tokens / state.seconds if state.seconds else math.nan,
+        num_tokens=state.num_tokens,
+        num_supervised=state.num_supervised,
+        final_loss=state.last_loss,
+        best_validation_loss=state.best_validation_loss,
+        best_step=state.best_step,
+        saved_step=saved_step,
+        num_skipped=state.num_skipped,
+        peak_memory_bytes=peak(),
+        num_trainable=num_trainable,
+        num_parameters=num_parameters,
+    )
+
+
+def publish_adapter(run: RunDirectory, step: int) -> None:
+    """Make a checkpoint's adapter the run's result, all or nothing."""
+    checkpoint = Checkpoint(run.checkpoints / f"step-{step:08d}", step)
+    require_whole(checkpoint)
+    with atomic.new_directory(run.adapter) as folder:
+        for name in ADAPTER_FILES:
+            if (checkpoint.path / name).exists():
+                shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def describe_environment(device_name: str) -> dict[str, Any]:
+    """Versions and device, for the manifest and the report."""
+    import peft
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device_name,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+class PeakMemory:
+    """Peak memory so far, in bytes: the allocator's on a GPU, the process's on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def __call__(self) -> int:
+        return memory_stats(self._device).peak_bytes
+
+
+def _restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunDirectory
+) -> TrainState:
+    require_whole(checkpoint)
+    restore_adapter_weights(model, checkpoint.path)
+    restore_optimizer(optimizer, checkpoint.path)
+    JsonLinesFile(run.metrics_file).keep_until_step(checkpoint.step)
+    return restore_state(checkpoint.path)
+
+
+def _build_source(
+    config: RunConfig, data: PreparedData, tokenizer: LoadedTokenizer, device: torch.device, state: TrainState
+) -> tuple[BatchSource, int, int]:
+    """The source of batches, the number of steps of the whole run, and the number of training samples (0: unknown)."""
+    training = config.training
+    if config.data.streaming:
+        assert training.max_steps is not None, "config rules ask for max_steps when streaming"
+        stream = StreamingBatches(
+            open_training_stream(config, tokenizer),
+            max_length=config.data.max_length,
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            packing=config.data.packing,
+            seed=training.seed,
+            state=StreamState(**state.source_state) if state.source_state else None,
+        )
+        source = StreamedBatches(
+            stream,
+            num_steps=training.max_steps,
+            first_step=state.step,
+            pad_token_id=tokenizer.pad_token_id,
+            device=device,
+        )
+        return source, training.max_steps, 0
+    assert data.train is not None
+    plan = build_plan(config, data.train)
+    if state.step > plan.num_steps:
+        raise RunError(
+            "resume-past-end",
+            f"the checkpoint is at step {state.step}, the run has only {plan.num_steps}",
+            fix="raise training.epochs or training.max_steps",
+        )
+    planned = PlannedBatches(data.train, plan, pad_token_id=tokenizer.pad_token_id, device=device)
+    return planned, plan.num_steps, len(data.train)
+
+
+def build_plan(config: RunConfig, store: SampleStore) -> BatchPlan:
+    """The order of a run's samples."""
+    return BatchPlan(
+        store.lengths,
+        max_length=config.data.max_length,
+        micro_batch_size=config.training.micro_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        packing=config.data.packing,
+        seed=config.training.seed,
+        epochs=config.training.epochs,
+        max_steps=config.training.max_steps,
+        num_supervised=store.num_supervised,
+    )
+
+
+def _tokens_per_step(config: RunConfig, data: PreparedData, num_steps: int) -> float:
+    """Mean tokens of a step, without padding; the capacity of a step when streaming."""
+    if data.train is None:
+        rows = config.training.micro_batch_size * config.training.gradient_accumulation_steps
+        return float(rows * config.data.max_length)
+    plan = build_plan(config, data.train)
+    return float(data.train.lengths.sum()) / plan.steps_per_epoch
+
+
+def _build_validator(
+    config: RunConfig, store: SampleStore | None, tokenizer: LoadedTokenizer, loaded: LoadedModel
+) -> Callable[[], float]:
+    """Mean loss over the supervised tokens of the validation set, in the training's own precision."""
+    assert store is not None
+
+    @torch.no_grad()
+    def validate() -> float:
+        total, count = 0.0, 0
+        for batch in validation_batches(
+            store,
+            row_tokens=max(config.data.max_length * config.training.micro_batch_size, 1024),
+            pad_token_id=tokenizer.pad_token_id,
+            device=loaded.device,
+            max_samples=config.data.max_validation_records,
+        ):
+            loss_sum, num_supervised = supervised_loss(loaded.model, batch)
+            total += float(loss_sum)
+            count += num_supervised
+        return total / count if count else math.nan
+
+    return validate
+
+
+def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
+    training = config.training
+    advice = []
+    if training.micro_batch_size > 1:
+        half = training.micro_batch_size // 2
+        advice.append(
+            f"training.micro_batch_size: {half} with gradient_accumulation_steps: "
+            f"{training.gradient_accumulation_steps * training.micro_batch_size // half} (the same effective batch)"
+        )
+    if training.gradient_checkpointing is False:
+        advice.append("training.gradient_checkpointing: true")
+    if config.quantization.method == "none":
+        advice.append("quantization.method: nf4")
+    advice.append(f"data.max_length: {config.data.max_length // 2}")
+    return TrainingError(
+        "out-of-memory",
+        "the device ran out of memory in a training step",
+        why=str(error).splitlines()[0],
+        fix="one of: " + "; ".join(advice) + "; then --resume continues from the last checkpoint",
+    )
