@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,10 +37,10 @@ def sft_losses(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
 
-    # 1. Tokens and labels. Only replies are trained, up to and including the token that ends the turn; the prompt and the
-    #    newline that templates write after a turn are not.
+    # 1. Tokens and labels. Only replies are trained, up to and including the token that ends the turn; not the prompt,
+    #    and not the newline that templates write after a turn.
     samples = []
-    for line in open(data_path, encoding="utf-8"):
+    for line in Path(data_path).read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -11,6 +11,7 @@ are loaded when a verb needs them. Values go from one package to the next here; 
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affina.config import ResolvedConfig, load_config, load_mapping
+from affina.config import ResolvedConfig, load_config, load_mapping, load_stored_config
 from affina.errors import AffinaError, RunError
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
@@ -27,8 +28,10 @@ from affina.runs.directory import RunDirectory, create_run, default_name, now, o
 from affina.runs.directory import list_runs as find_runs
 
 if TYPE_CHECKING:
+    from affina.config.schema import RunConfig
     from affina.data.prepare import PreparedData
     from affina.data.report import DataReport
+    from affina.data.run_data import RunData
     from affina.data.tokenizer import LoadedTokenizer
     from affina.evaluation.chat import ChatSession
     from affina.evaluation.compare import EvaluationResult
@@ -95,12 +98,8 @@ def check(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: s
 def prepare(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> PreparedData:
     """Read, check, split, render and tokenise the data of a config, from the cache where nothing has changed."""
     from affina.data.build import prepare_from_config
-    from affina.data.tokenizer import load_tokenizer
 
-    resolved = check(config, overrides=overrides, preset=preset)
-    model = resolved.config.model
-    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return prepare_from_config(resolved.config, tokenizer)
+    return prepare_from_config(check(config, overrides=overrides, preset=preset).config)
 
 
 def inspect_data(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> DataReport:
@@ -122,9 +121,6 @@ def train(
 
     Raises AffinaError; what was saved before an error stays and can be resumed.
     """
-    from affina.data.build import prepare_from_config
-    from affina.data.tokenizer import load_tokenizer
-
     checkpoint: Checkpoint | None = None
     if resume:
         run, checkpoint = _find_checkpoint(resume, config, overrides=overrides, preset=preset)
@@ -151,12 +147,7 @@ def train(
     )
     started = time.monotonic()
     try:
-        tokenizer = load_tokenizer(
-            settings.model.path,
-            revision=settings.model.revision,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
-        data = prepare_from_config(settings, tokenizer)
+        tokenizer, data = _tokenizer_and_data(settings)
         _record_data(run, data, is_resumed=checkpoint is not None)
         loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, callbacks)
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
@@ -164,7 +155,7 @@ def train(
             {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
         )
         evaluation = None
-        if status == "finished" and settings.evaluation.enabled and data.validation is not None:
+        if status == "finished" and settings.evaluation.enabled and len(data.validation):
             evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded)
     except AffinaError as error:
         run.update_manifest({"status": "failed", "error": error.to_dict()})
@@ -196,9 +187,9 @@ def train(
 
 
 def _train_model(
-    settings: Any,
+    settings: RunConfig,
     run: RunDirectory,
-    data: PreparedData,
+    data: RunData,
     tokenizer: LoadedTokenizer,
     checkpoint: Checkpoint | None,
     callbacks: Sequence[Callback],
@@ -226,7 +217,8 @@ def evaluate(run: RunLike, *, max_records: int | None = None, max_generations: i
     if given:
         settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=given)})
     tokenizer, data = _tokenizer_and_data(settings)
-    loaded = load_for_inference(settings, directory.adapter, contract=data.contract)
+    _check_template(directory, data.contract)
+    loaded = load_for_inference(settings, directory.adapter)
     return _evaluate_loaded(directory, settings, data, tokenizer, loaded)
 
 
@@ -240,19 +232,25 @@ def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> Merge
 
 def open_chat(run: RunLike) -> ChatSession:
     """A conversation with a run's model; the base can answer the same prompts for comparison."""
-    from affina.data.build import build_template
-    from affina.data.tokenizer import load_tokenizer
+    from affina.data.build import template_from_config, tokenizer_from_config
     from affina.evaluation.build import open_chat_session
+    from affina.models.adapters import read_adapter_info
     from affina.models.build import load_for_inference
 
     directory = _finished_run(run)
     settings = _run_config(directory).config
-    tokenizer = load_tokenizer(
-        settings.model.path, revision=settings.model.revision, trust_remote_code=settings.model.trust_remote_code
+    tokenizer = tokenizer_from_config(settings.model)
+    template = template_from_config(settings, tokenizer)
+    _check_template(directory, template.contract())
+    contract = read_adapter_info(directory.adapter).contract or {}
+    return open_chat_session(
+        settings,
+        tokenizer,
+        template,
+        load_for_inference(settings, directory.adapter),
+        enable_thinking=contract.get("enable_thinking"),
+        run=directory.name,
     )
-    template = build_template(settings, tokenizer)
-    loaded = load_for_inference(settings, directory.adapter, contract=template.contract())
-    return open_chat_session(settings, tokenizer, template, loaded)
 
 
 def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
@@ -270,21 +268,29 @@ def compare_runs(first: RunLike, second: RunLike) -> RunComparison:
 
 
 def _evaluate_loaded(
-    run: RunDirectory, settings: Any, data: PreparedData, tokenizer: LoadedTokenizer, loaded: LoadedModel
+    run: RunDirectory, settings: RunConfig, data: RunData, tokenizer: LoadedTokenizer, loaded: LoadedModel
 ) -> EvaluationResult:
     from affina.evaluation.build import evaluate_run
 
     return evaluate_run(run, settings, data, tokenizer, loaded)
 
 
-def _tokenizer_and_data(settings: Any) -> tuple[LoadedTokenizer, PreparedData]:
-    from affina.data.build import prepare_from_config
-    from affina.data.tokenizer import load_tokenizer
+def _tokenizer_and_data(settings: RunConfig) -> tuple[LoadedTokenizer, RunData]:
+    from affina.data.build import tokenizer_from_config
+    from affina.data.run_data import open_run_data
 
-    tokenizer = load_tokenizer(
-        settings.model.path, revision=settings.model.revision, trust_remote_code=settings.model.trust_remote_code
-    )
-    return tokenizer, prepare_from_config(settings, tokenizer)
+    tokenizer = tokenizer_from_config(settings.model)
+    return tokenizer, open_run_data(settings, tokenizer)
+
+
+def _check_template(run: RunDirectory, contract: Mapping[str, Any]) -> None:
+    """Refuse to use an adapter under another template than it was trained with."""
+    from affina.data.templates import check_contract
+    from affina.models.adapters import read_adapter_info
+
+    saved = read_adapter_info(run.adapter).contract
+    if saved is not None:
+        check_contract(saved, contract)
 
 
 def _version() -> str:
@@ -314,7 +320,8 @@ def _finished_run(run: RunLike) -> RunDirectory:
 
 def _run_config(run: RunDirectory) -> ResolvedConfig:
     """The config that a run was started with."""
-    return load_config(run.config_file, (), None)
+    origins = json.loads(run.origins_file.read_text(encoding="utf-8")) if run.origins_file.is_file() else None
+    return load_stored_config(run.config_file, origins)
 
 
 def _config_stem(config: ConfigLike, preset: str | None) -> str:
@@ -328,7 +335,7 @@ def _write_config(run: RunDirectory, resolved: ResolvedConfig) -> None:
     atomic.write_json(run.origins_file, resolved.origins_to_dict())
 
 
-def _record_data(run: RunDirectory, data: PreparedData, *, is_resumed: bool) -> None:
+def _record_data(run: RunDirectory, data: RunData, *, is_resumed: bool) -> None:
     """Store what was trained on; a resumed run must find the same."""
     if is_resumed:
         before = run.read_manifest().get("data_fingerprint")
@@ -340,8 +347,9 @@ def _record_data(run: RunDirectory, data: PreparedData, *, is_resumed: bool) -> 
                 fix="put the data back as it was, or start a new run",
             )
     run.update_manifest({"data_fingerprint": data.fingerprint, "template": data.contract})
-    atomic.write_json(run.data / "report.json", data.report.to_dict())
-    atomic.write_json(run.data / "splits.json", data.split_hashes)
+    if data.report is not None:
+        atomic.write_json(run.data / "report.json", data.report.to_dict())
+        atomic.write_json(run.data / "splits.json", data.report.split)
 
 
 def _find_checkpoint(

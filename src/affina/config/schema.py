@@ -20,10 +20,12 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
+    """The base model. Its weights are frozen."""
+
     path: str = Field(
         default="affina/nano",
         description="Directory or hub id of a causal language model; affina/nano ships with affina.",
@@ -32,45 +34,59 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
         description="Type of the weights that are not quantised, and of the computation. "
-        "auto: bfloat16 where the device has it, float16 on older CUDA cards, float32 on CPU.",
+        "Not given: it follows training.precision.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that the model's repository ships. Never needed for Qwen3."
+        default=False,
+        description="Run Python code that the model's repository ships. Only for a repository that you have read; "
+        "never needed for Qwen, Llama, Mistral, Gemma.",
     )
 
 
 class QuantizationConfig(Section):
+    """The format of the frozen weights. `quantization: nf4` with `adapter: lora` is QLoRA."""
+
     method: Literal["none", "nf4"] = Field(
-        default="none", description="Weight format of the frozen linear layers; nf4 is what QLoRA uses."
+        default="none",
+        description="Weight format of the frozen linear layers: nf4 (4-bit) when memory is short, else none.",
     )
     double_quantization: bool = Field(
         default=True, description="Quantise the block scales too: 4.127 instead of 4.5 bits per weight."
     )
     scale_search: bool = Field(
         default=False,
-        description="Search each block's scale for the least squared error: same format, 6.6% less error, slower load.",
+        description="Search each block's scale for the least squared error: same format, 6.6% less error, slower load. "
+        "Turn it on when the tuned model falls short of a 16-bit one.",
     )
     skip_modules: tuple[str, ...] = Field(
-        default=("lm_head",), description="Names of linear layers that stay unquantised."
+        default=("lm_head",), description="Names of linear layers that stay unquantised; tied embeddings always do."
     )
 
 
 class AdapterConfig(Section):
+    """What is trained: a low-rank update of the chosen linear layers."""
+
     method: Literal["lora", "rslora"] = Field(
-        default="lora", description="lora scales the update by alpha / rank, rslora by alpha / sqrt(rank)."
+        default="lora",
+        description="lora scales the update by alpha / rank, rslora by alpha / sqrt(rank). "
+        "rslora is for ranks from 64 up, with alpha and learning rate tuned again.",
     )
     rank: PositiveInt = Field(
-        default=16, description="Width of the update. Raise it when training loss falls too slowly on much data."
+        default=16,
+        description="Width of the update. Raise it when the training loss falls too slowly on much data; "
+        "one unit holds about 4 million supervised tokens of a 4B model.",
     )
     alpha: Annotated[float, Field(gt=0)] = Field(
         default=32.0, description="Numerator of the update's scale. Tune the learning rate rather than this."
     )
     dropout: Fraction = Field(
-        default=0.0, description="Dropout on the adapter's input. Raise it when a small set overfits."
+        default=0.0,
+        description="Share of the adapter's input that is dropped. Raise it to 0.05 when a small set overfits.",
     )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
-        description="Linear layers that get an adapter: all but the head, or a list of module names.",
+        description="Linear layers that get an adapter: all but the head, or a list of module names such as q_proj. "
+        "Fewer targets save memory and lose quality; the MLP layers matter most.",
     )
 
 
@@ -93,6 +109,8 @@ class ColumnsConfig(Section):
 
 
 class SourceConfig(Section):
+    """One place that conversations come from. A path alone stands for a source."""
+
     path: str = Field(
         description="A file, a folder, a glob, a hub dataset id, or affina/support (the built-in data set)."
     )
@@ -103,12 +121,15 @@ class SourceConfig(Section):
     split: str | None = Field(default=None, description="Split of a hub dataset; train when not given.")
     subset: str | None = Field(default=None, description="Configuration name of a hub dataset.")
     weight: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Share of this source in the mix, relative to the other sources' weights."
+        default=None,
+        description="Share of this source in the mix, relative to the other sources' weights: 3 and 1 are 75% and 25%.",
     )
     max_records: PositiveInt | None = Field(default=None, description="Use at most this many records.")
 
 
 class DataConfig(Section):
+    """Which conversations are learned, and how they become tokens."""
+
     train: tuple[SourceConfig, ...] = Field(
         default=(SourceConfig(path="affina/support"),), description="Where the training conversations are."
     )
@@ -116,14 +137,21 @@ class DataConfig(Section):
         default=(), description="A separate validation set; empty: split one off the training data."
     )
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
-        default=0.1, description="Share of the training data held out when there is no validation set."
+        default=0.1,
+        description="Share of the training data held out when there is no validation set. Raise it for small sets.",
     )
     max_validation_records: PositiveInt = Field(
-        default=1000, description="Upper limit of a split-off validation set, in records."
+        default=1000,
+        description="Upper limit of a split-off validation set, in records. Raise it for narrower intervals.",
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(default=2048, description="Longest sample, in tokens.")
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        default=2048,
+        description="Longest sample, and length of a packed row, in tokens. `affina data` shows how many are longer.",
+    )
     truncation: Literal["drop", "truncate", "split", "raise"] = Field(
-        default="drop", description="What happens to a sample longer than max_length."
+        default="drop",
+        description="What happens to a sample longer than max_length: left out, cut (and its end never learned), "
+        "split into several, or an error.",
     )
     packing: bool = Field(
         default=True, description="Put several samples in one row, isolated from each other. Off: one row, one sample."
@@ -141,19 +169,23 @@ class DataConfig(Section):
         default="fail", description="A bad record stops the run, or is skipped, counted and listed."
     )
     max_record_bytes: PositiveInt = Field(
-        default=4 * 1024 * 1024, description="A record larger than this is an error (a broken file, most often)."
+        default=4 * 1024 * 1024,
+        description="A record with more bytes than this is an error: a broken file, most often.",
     )
     deduplicate: Literal["none", "exact", "near"] = Field(
-        default="none", description="Remove repeated training records before the split."
+        default="none", description="Remove repeated records before the split: equal ones, or nearly equal ones too."
     )
     mask_pii: bool = Field(
         default=False, description="Replace e-mail addresses, card numbers, IBANs, phone numbers by placeholders."
     )
     streaming: bool = Field(
-        default=False, description="Read while training, for data larger than the disk; needs training.max_steps."
+        default=False,
+        description="Read while training, for data larger than the disk; needs training.max_steps and no split.",
     )
     num_workers: NonNegativeInt | None = Field(
-        default=None, description="Processes that prepare data. Not given: one per core, 1 for small sets."
+        default=None,
+        description="Processes that prepare data; 0 and 1 are none besides the main one. "
+        "Not given: one per core, 1 for small sets.",
     )
     cache_directory: str | None = Field(
         default=None, description="Where prepared data is kept. Not given: ~/.cache/affina (or AFFINA_CACHE)."
@@ -162,15 +194,27 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Passes over the training data.")
-    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimiser steps.")
+    """How the adapter learns."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Passes over the training data; 1 to 3 are usual."
+    )
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Stop after this many optimiser steps, even if epochs are left."
+    )
     micro_batch_size: PositiveInt = Field(
         default=1, description="Rows of max_length tokens computed at once. Raise it while memory allows."
     )
     gradient_accumulation_steps: PositiveInt = Field(
-        default=4, description="Micro-batches per optimiser step. Changes memory and speed, never the gradient's scale."
+        default=4,
+        description="Micro-batches per optimiser step; 8 to 32 rows per step are usual. "
+        "Raise it when the loss is noisy. The gradient's scale does not depend on it.",
     )
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=2e-4, description="Peak learning rate.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=2e-4,
+        description="Peak learning rate. Raise it when the loss falls slowly, lower it when the loss jumps; "
+        "LoRA wants about ten times that of full training.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
@@ -181,27 +225,40 @@ class TrainingConfig(Section):
         default=0.0, description="Share of the peak that remains at the end of a cosine or linear schedule."
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
-        default="adamw", description="8-bit and paged variants need the bitsandbytes extra."
+        default="adamw",
+        description="8-bit and paged variants save 6 bytes per adapter parameter and need the gpu extra; "
+        "paged ones move to main memory when the card is full.",
     )
-    adam_beta1: Fraction = Field(default=0.9)
-    adam_beta2: Fraction = Field(default=0.999)
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8)
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="Decoupled weight decay.")
+    adam_beta1: Fraction = Field(default=0.9, description="Memory of the gradient's running mean.")
+    adam_beta2: Fraction = Field(
+        default=0.999, description="Memory of the gradient's running square. Lower it to 0.99 for short, noisy runs."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="Added to the root of the running square, so that it never divides by zero."
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="Decoupled weight decay. Raise it to 0.01 when a small set overfits."
+    )
     max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(
-        default=1.0, description="Gradients are scaled down to this norm; 0 turns clipping off."
+        default=1.0,
+        description="Gradients are scaled down to this norm; 0 turns clipping off. Lower it to 0.3 when losses jump.",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="Arithmetic of the forward and backward pass; adapters are always kept in fp32."
+        default="auto",
+        description="Arithmetic of the forward and backward pass; adapters are always kept in fp32. "
+        "auto: bf16 where the card has it, fp16 on older CUDA cards, fp32 on CPU.",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="Recompute activations in the backward pass: less memory, about 30% more time."
+        default="auto",
+        description="Recompute activations in the backward pass: a fraction of the memory for 45% more arithmetic. "
+        "auto: when memory would not do otherwise.",
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(default="auto", description="Where to train.")
     deterministic: bool = Field(
         default=True, description="Same seed, same bits, on the same device; off allows faster kernels."
     )
     seed: int = Field(default=0, description="Seed of adapter initialisation, data order and dropout.")
-    log_every_steps: PositiveInt = Field(default=1, description="Steps between two lines of metrics.jsonl.")
+    log_every_steps: PositiveInt = Field(default=1, description="Optimiser steps between two lines of metrics.jsonl.")
     evaluate_every_steps: PositiveInt | None = Field(
         default=None, description="Steps between validation losses. Not given: about ten times per run."
     )
@@ -221,8 +278,12 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """How the tuned model is compared with its base."""
+
     enabled: bool = Field(default=True, description="Compare base and tuned model at the end of training.")
-    max_records: PositiveInt = Field(default=200, description="Validation records whose perplexity is measured.")
+    max_records: PositiveInt = Field(
+        default=200, description="Validation records whose perplexity is measured. Raise it for narrower intervals."
+    )
     max_generations: NonNegativeInt = Field(
         default=100, description="Validation records for which a reply is generated and compared. 0: none."
     )
@@ -231,14 +292,18 @@ class EvaluationConfig(Section):
         default="auto",
         description="When a reply counts as right; auto compares JSON as JSON and text without case and space.",
     )
-    batch_size: PositiveInt = Field(default=16, description="Replies generated at once.")
+    batch_size: PositiveInt = Field(default=16, description="Replies generated at once. Lower it when memory is short.")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(default=0.95, description="Level of the intervals.")
-    bootstrap_resamples: Annotated[int, Field(ge=100)] = Field(default=2000)
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = Field(
+        default=2000, description="Resamples behind each interval. Raise it for the third digit."
+    )
     num_samples: NonNegativeInt = Field(default=3, description="Replies shown side by side.")
-    seed: int = Field(default=0)
+    seed: int = Field(default=0, description="Seed of the choice of records and of the resampling.")
 
 
 class TrackingConfig(Section):
+    """Where metrics go besides the run's own files."""
+
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         default=(), description="Besides metrics.jsonl, which is always written. Each needs its own package."
     )
@@ -246,13 +311,19 @@ class TrackingConfig(Section):
 
 
 class OutputConfig(Section):
-    directory: str = Field(default="runs", description="Folder that holds the run directories.")
+    """Where runs are kept."""
+
+    directory: str = Field(
+        default="runs", description="Folder that holds the run directories, relative to where the command runs."
+    )
     name: str | None = Field(
         default=None, description="Name of this run's directory. Not given: the YAML file's name and the date."
     )
 
 
 class EngineConfig(Section):
+    """How forward and backward are computed."""
+
     path: Literal["auto", "reference", "fast"] = Field(
         default="auto",
         description="reference: transformers' own forward. fast: the fused decoder, where it is proven. auto: chooses.",

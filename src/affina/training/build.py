@@ -70,16 +70,3 @@ def checkpoint_bytes(num_trainable: int, *, keep_last: int) -> int:
     """
     per_checkpoint = num_trainable * 4 * 3 + (1 << 20)
     return per_checkpoint * (keep_last + 2) + num_trainable * 4
-
-
-def should_recompute(
-    *, num_layers: int, hidden_size: int, intermediate_size: int, row_tokens: int, bytes_per_value: int, free_bytes: int
-) -> bool:
-    """Whether activations of one row would crowd the device, so that recomputing them is the safer default.
-
-    About 20 hidden-sized and 4 intermediate-sized values per token and layer are kept for the backward pass of a
-    frozen decoder with adapters (Qwen3-4B in bf16: 180,224 bytes a token and layer by this rule, 174,472 counted).
-    Half of the free memory is left for logits, gradients and fragmentation.
-    """
-    kept = row_tokens * num_layers * (20 * hidden_size + 4 * intermediate_size) * bytes_per_value
-    return kept > 0.5 * free_bytes

@@ -36,7 +36,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         *,
-        write_adapter: Callable[[Path], None],
+        write_adapter: Callable[[Path], object],
         optimizer: torch.optim.Optimizer,
         observers: Observers,
         keep_last: int,

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from affina.config.schema import RunConfig
-from affina.data.batches import BatchPlan, StreamingBatches, StreamState
-from affina.data.build import open_training_stream
-from affina.data.prepare import PreparedData
+from affina.data.batches import BatchPlan, StreamState
+from affina.data.run_data import RunData
 from affina.data.samples import SampleStore
 from affina.data.tokenizer import LoadedTokenizer
 from affina.errors import RunError, TrainingError
-from affina.models.adapters import restore_adapter_weights, save_adapter
+from affina.models.adapters import save_adapter
+from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.build import LoadedModel
 from affina.models.device import memory_stats
 from affina.models.forward import supervised_loss
@@ -74,7 +74,7 @@ class TrainingOutcome:
 def run_training(
     config: RunConfig,
     run: RunDirectory,
-    data: PreparedData,
+    data: RunData,
     tokenizer: LoadedTokenizer,
     loaded: LoadedModel,
     *,
@@ -99,7 +99,7 @@ def run_training(
         state = _restore(checkpoint, model, optimizer, run)
 
     source, num_steps, num_samples = _build_source(config, data, tokenizer, device, state)
-    has_validation = data.validation is not None and len(data.validation) > 0
+    has_validation = len(data.validation) > 0
     settings = build_settings(config.training, num_steps=num_steps, has_validation=has_validation)
     observers = Observers(
         [
@@ -132,7 +132,7 @@ def run_training(
             num_steps=num_steps,
             first_step=state.step,
             num_samples=num_samples,
-            tokens_per_step=_tokens_per_step(config, data, num_steps),
+            tokens_per_step=_tokens_per_step(config, data),
             notes=loaded.notes,
         )
     )
@@ -236,15 +236,13 @@ def _restore(
 
 
 def _build_source(
-    config: RunConfig, data: PreparedData, tokenizer: LoadedTokenizer, device: torch.device, state: TrainState
+    config: RunConfig, data: RunData, tokenizer: LoadedTokenizer, device: torch.device, state: TrainState
 ) -> tuple[BatchSource, int, int]:
     """The source of batches, the number of steps of the whole run, and the number of training samples (0: unknown)."""
     training = config.training
-    if config.data.streaming:
+    if data.stream is not None:
         assert training.max_steps is not None, "config rules ask for max_steps when streaming"
-        stream = StreamingBatches(
-            open_training_stream(config, tokenizer),
-            max_length=config.data.max_length,
+        stream = data.stream.batches(
             micro_batch_size=training.micro_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             packing=config.data.packing,
@@ -255,7 +253,7 @@ def _build_source(
             stream,
             num_steps=training.max_steps,
             first_step=state.step,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_id,
             device=device,
         )
         return source, training.max_steps, 0
@@ -267,7 +265,7 @@ def _build_source(
             f"the checkpoint is at step {state.step}, the run has only {plan.num_steps}",
             fix="raise training.epochs or training.max_steps",
         )
-    planned = PlannedBatches(data.train, plan, pad_token_id=tokenizer.pad_token_id, device=device)
+    planned = PlannedBatches(data.train, plan, pad_token_id=tokenizer.pad_id, device=device)
     return planned, plan.num_steps, len(data.train)
 
 
@@ -286,7 +284,7 @@ def build_plan(config: RunConfig, store: SampleStore) -> BatchPlan:
     )
 
 
-def _tokens_per_step(config: RunConfig, data: PreparedData, num_steps: int) -> float:
+def _tokens_per_step(config: RunConfig, data: RunData) -> float:
     """Mean tokens of a step, without padding; the capacity of a step when streaming."""
     if data.train is None:
         rows = config.training.micro_batch_size * config.training.gradient_accumulation_steps
@@ -296,18 +294,16 @@ def _tokens_per_step(config: RunConfig, data: PreparedData, num_steps: int) -> f
 
 
 def _build_validator(
-    config: RunConfig, store: SampleStore | None, tokenizer: LoadedTokenizer, loaded: LoadedModel
+    config: RunConfig, store: SampleStore, tokenizer: LoadedTokenizer, loaded: LoadedModel
 ) -> Callable[[], float]:
     """Mean loss over the supervised tokens of the validation set, in the training's own precision."""
-    assert store is not None
-
     @torch.no_grad()
     def validate() -> float:
         total, count = 0.0, 0
         for batch in validation_batches(
             store,
             row_tokens=max(config.data.max_length * config.training.micro_batch_size, 1024),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_id,
             device=loaded.device,
             max_samples=config.data.max_validation_records,
         ):

@@ -76,7 +76,7 @@ class _RunModuleTracker(_ScalarTracker):
         self._run: Any = self._module.init(**arguments)
 
     def log_settings(self, settings: dict[str, Any]) -> None:
-        config = getattr(self._run, "config", None)
+        config: Any = getattr(self._run, "config", None)
         if hasattr(config, "update"):
             config.update(settings)
 

@@ -1,0 +1,174 @@
+"""Computed defaults, each with its reason: everything "auto" that can be decided without seeing the machine.
+
+A derivation never touches a value that the user or a preset has set. What has to wait for the machine or for the data
+(precision on `device: auto`, warm-up as a share of the steps) stays open, and `explain` says what it waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+from affina.config.origins import Origin
+from affina.config.schema import RunConfig
+
+WARMUP_SHARE = 0.03
+"""Of a run's steps. Adam's second moment needs some steps before its ratio means anything; 3% is QLoRA's setting."""
+
+VALIDATIONS_PER_RUN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """One computed value."""
+
+    path: str
+    value: object
+    reason: str
+
+
+Origins = Mapping[str, Origin]
+
+
+def derive(config: RunConfig, origins: Origins) -> list[Derived]:
+    """Every value that follows from the others, in the order in which they build on each other."""
+    derived: list[Derived] = []
+    for rule in _DERIVATIONS:
+        for item in rule(config, origins):
+            derived.append(item)
+            config = with_value(config, item.path, item.value)
+    return derived
+
+
+def with_value(config: RunConfig, path: str, value: object) -> RunConfig:
+    """The config with one field of one section replaced."""
+    section_name, field_name = path.split(".")
+    section = getattr(config, section_name)
+    checked = type(section).model_validate({**section.__dict__, field_name: value})
+    return config.model_copy(update={section_name: checked})
+
+
+def has_validation(config: RunConfig) -> bool:
+    """Whether any record is held out."""
+    return bool(config.data.validation) or config.data.validation_fraction > 0
+
+
+def _is_open(origins: Origins, path: str) -> bool:
+    """Whether nobody, neither the user nor a preset, has set the value."""
+    return path not in origins
+
+
+def _precision(config: RunConfig, origins: Origins) -> list[Derived]:
+    """Precision and dtype follow from each other, and from a device that is named."""
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype, precision = config.model.dtype, config.training.precision
+    derived = []
+    if precision == "auto" and dtype != "auto":
+        precision = {full: short for short, full in names.items()}[dtype]  # type: ignore[assignment]
+        derived.append(Derived("training.precision", precision, f"model.dtype is {dtype}"))
+    elif precision == "auto" and config.training.device == "cpu":
+        precision = "fp32"
+        derived.append(Derived("training.precision", "fp32", "training.device is cpu"))
+    if dtype == "auto" and precision != "auto":
+        derived.append(Derived("model.dtype", names[precision], f"training.precision is {precision}"))
+    return derived
+
+
+def _validation(config: RunConfig, origins: Origins) -> list[Derived]:
+    """A stream cannot be split before it has been read."""
+    data = config.data
+    if data.streaming and not data.validation and _is_open(origins, "data.validation_fraction"):
+        return [Derived("data.validation_fraction", 0.0, "a stream cannot be split; give data.validation to measure")]
+    if data.validation and data.validation_fraction > 0 and _is_open(origins, "data.validation_fraction"):
+        return [Derived("data.validation_fraction", 0.0, "data.validation is a set of its own")]
+    return []
+
+
+def _without_validation(config: RunConfig, origins: Origins) -> list[Derived]:
+    """What needs validation records is off when there are none."""
+    if has_validation(config):
+        return []
+    candidates = (
+        ("training.keep_best", config.training.keep_best),
+        ("evaluation.enabled", config.evaluation.enabled),
+    )
+    return [
+        Derived(path, False, "there are no validation records")
+        for path, is_on in candidates
+        if is_on and _is_open(origins, path)
+    ]
+
+
+def _steps(config: RunConfig, origins: Origins) -> list[Derived]:
+    """In a stream the number of steps is max_steps exactly; elsewhere it is known once the data is counted."""
+    training = config.training
+    derived = []
+    if config.data.streaming and training.max_steps is not None:
+        steps = training.max_steps
+        if training.warmup_steps is None:
+            warmup = min(max(1, round(WARMUP_SHARE * steps)), steps - 1)
+            derived.append(Derived("training.warmup_steps", warmup, f"{WARMUP_SHARE:.0%} of {steps} steps"))
+        if training.evaluate_every_steps is None and has_validation(config):
+            every = max(1, steps // VALIDATIONS_PER_RUN)
+            reason = f"about {VALIDATIONS_PER_RUN} times in {steps} steps"
+            derived.append(Derived("training.evaluate_every_steps", every, reason))
+    every_steps = next(
+        (d.value for d in derived if d.path.endswith("evaluate_every_steps")), training.evaluate_every_steps
+    )
+    if training.save_every_steps is None and every_steps is not None and has_validation(config):
+        derived.append(Derived("training.save_every_steps", every_steps, "with every validation"))
+    return derived
+
+
+def _engine(config: RunConfig, origins: Origins) -> list[Derived]:
+    if config.engine.path == "auto":
+        return [Derived("engine.path", "reference", "this version trains through transformers' own forward")]
+    return []
+
+
+_DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
+    _precision,
+    _validation,
+    _without_validation,
+    _steps,
+    _engine,
+)
+
+
+def adapter_scale(config: RunConfig) -> float:
+    """What the adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+    adapter = config.adapter
+    return adapter.alpha / (sqrt(adapter.rank) if adapter.method == "rslora" else adapter.rank)
+
+
+def explain(config: RunConfig) -> dict[str, str]:
+    """For values that need a word: what they amount to, or what an open one waits for. By dotted path."""
+    training, data = config.training, config.data
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    root = "√r" if config.adapter.method == "rslora" else "r"
+    reasons = {
+        "adapter.alpha": f"the update is scaled by α/{root} = {adapter_scale(config):.3g}",
+        "training.gradient_accumulation_steps": f"{_rows(rows)} of up to {data.max_length} tokens per step",
+    }
+    waits = {
+        "model.dtype": (config.model.dtype == "auto", "follows the device"),
+        "training.precision": (training.precision == "auto", "follows the device"),
+        "training.device": (training.device == "auto", "cuda, mps or cpu, whichever is there"),
+        "training.gradient_checkpointing": (training.gradient_checkpointing == "auto", "follows the free memory"),
+        "training.warmup_steps": (training.warmup_steps is None, f"{WARMUP_SHARE:.0%} of the steps, at least 1"),
+        "training.evaluate_every_steps": (
+            training.evaluate_every_steps is None,
+            f"about {VALIDATIONS_PER_RUN} times per run" if has_validation(config) else "no validation records",
+        ),
+        "training.save_every_steps": (training.save_every_steps is None, "with every validation, and at the end"),
+        "data.num_workers": (data.num_workers is None, "follows the cores and the size of the data"),
+        "data.cache_directory": (data.cache_directory is None, "~/.cache/affina, or AFFINA_CACHE"),
+        "output.name": (config.output.name is None, "the YAML file's name and the date"),
+    }
+    reasons.update({path: reason for path, (is_open, reason) in waits.items() if is_open})
+    return reasons
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

@@ -1,0 +1,288 @@
+"""From a name that affina does not know to the one that was meant: typos, other sections, other tools."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from affina.config.fields import all_fields
+from affina.config.schema import RunConfig
+
+FOREIGN_KEYS: dict[str, str] = {
+    # model
+    "base_model": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "model_id": "model.path",
+    "pretrained_model_name_or_path": "model.path",
+    "checkpoint_dir": "model.path",
+    "model_revision": "model.revision",
+    "torch_dtype": "model.dtype",
+    "bnb_4bit_compute_dtype": "model.dtype",
+    # quantisation
+    "bnb_4bit_use_double_quant": "quantization.double_quantization",
+    "double_quant": "quantization.double_quantization",
+    "double_quantization": "quantization.double_quantization",
+    "llm_int8_skip_modules": "quantization.skip_modules",
+    # adapter
+    "peft_method": "adapter.method",
+    "finetuning_type": "adapter.method",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "lora_target_linear": "adapter.targets",
+    "target_modules": "adapter.targets",
+    # data
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "train_file": "data.train",
+    "train_data": "data.train",
+    "dataset_path": "data.train",
+    "eval_dataset": "data.validation",
+    "test_datasets": "data.validation",
+    "validation_file": "data.validation",
+    "val_set_size": "data.validation_fraction",
+    "val_size": "data.validation_fraction",
+    "test_size": "data.validation_fraction",
+    "sequence_len": "data.max_length",
+    "sequence_length": "data.max_length",
+    "seq_len": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "sample_packing": "data.packing",
+    "pack_sequences": "data.packing",
+    "group_by_length": "data.packing",
+    "excess_length_strategy": "data.truncation",
+    "train_on_inputs": "data.mask",
+    "train_on_prompt": "data.mask",
+    "assistant_only_loss": "data.mask",
+    "completion_only_loss": "data.mask",
+    "roles_to_train": "data.mask",
+    "mask_history": "data.mask",
+    "enable_thinking": "data.thinking",
+    "default_system": "data.system_prompt",
+    "dataset_num_proc": "data.num_workers",
+    "dataset_processes": "data.num_workers",
+    "preprocessing_num_workers": "data.num_workers",
+    "dataset_prepared_path": "data.cache_directory",
+    "dataset_exact_deduplication": "data.deduplicate",
+    "field_messages": "data.train[].columns.messages",
+    # training
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "train_epochs": "training.epochs",
+    "batch_size": "training.micro_batch_size",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "per_device_batch_size": "training.micro_batch_size",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "gradient_accumulation": "training.gradient_accumulation_steps",
+    "accumulation_steps": "training.gradient_accumulation_steps",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "scheduler": "training.schedule",
+    "warmup": "training.warmup_steps",
+    "warmup_ratio": "training.warmup_steps",
+    "num_warmup_steps": "training.warmup_steps",
+    "lr_warmup_steps": "training.warmup_steps",
+    "min_lr": "training.min_learning_rate_ratio",
+    "min_lr_ratio": "training.min_learning_rate_ratio",
+    "cosine_min_lr_ratio": "training.min_learning_rate_ratio",
+    "optim": "training.optimizer",
+    "beta1": "training.adam_beta1",
+    "beta2": "training.adam_beta2",
+    "adam_eps": "training.adam_epsilon",
+    "wd": "training.weight_decay",
+    "gradient_clipping": "training.max_grad_norm",
+    "grad_clip": "training.max_grad_norm",
+    "max_norm": "training.max_grad_norm",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "tf32": "training.precision",
+    "mixed_precision": "training.precision",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "device_map": "training.device",
+    "random_state": "training.seed",
+    "logging_steps": "training.log_every_steps",
+    "log_interval": "training.log_every_steps",
+    "eval_steps": "training.evaluate_every_steps",
+    "evals_per_epoch": "training.evaluate_every_steps",
+    "eval_interval": "training.evaluate_every_steps",
+    "save_steps": "training.save_every_steps",
+    "saves_per_epoch": "training.save_every_steps",
+    "save_interval": "training.save_every_steps",
+    "save_total_limit": "training.keep_last",
+    "load_best_model_at_end": "training.keep_best",
+    "patience": "training.early_stopping_patience",
+    "early_stopping": "training.early_stopping_patience",
+    # the rest
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "eval_batch_size": "evaluation.batch_size",
+    "generation_max_length": "evaluation.max_new_tokens",
+    "report_to": "tracking.trackers",
+    "logger": "tracking.trackers",
+    "wandb_project": "tracking.project",
+    "mlflow_experiment_name": "tracking.project",
+    "output_dir": "output.directory",
+    "out_dir": "output.directory",
+    "save_dir": "output.directory",
+    "run_name": "output.name",
+    "wandb_name": "output.name",
+    "experiment_name": "output.name",
+    "preset": "extends",
+    "base": "extends",
+    "defaults": "extends",
+    "inherit": "extends",
+}
+"""What other tools call a setting, and its path here."""
+
+FOREIGN_ANSWERS: dict[str, str] = {
+    "load_in_4bit": "write `quantization: nf4`",
+    "bnb_4bit_quant_type": "write `quantization: nf4`",
+    "quantization_bit": "write `quantization: nf4`; there is no 8-bit base in this version",
+    "load_in_8bit": "write `quantization: nf4`; there is no 8-bit base in this version",
+    "use_rslora": "write `adapter: rslora`",
+    "peft_use_rslora": "write `adapter: rslora`",
+    "use_dora": "this version trains lora and rslora; remove it",
+    "peft_use_dora": "this version trains lora and rslora; remove it",
+    "bias": "remove it: biases stay frozen, so that an adapter can be turned off",
+    "chat_template": "remove it: the tokenizer's own chat template is the only one, so that training and serving agree",
+    "flash_attention": "remove it: packed samples are isolated and the fastest attention of the device is chosen",
+    "attn_implementation": "remove it: packed samples are isolated and the fastest attention of the device is chosen",
+    "flash_attn": "remove it: packed samples are isolated and the fastest attention of the device is chosen",
+    "pad_token": "remove it: padding is never the end-of-turn token and never trained",
+    "special_tokens": "remove it: the tokenizer's own special tokens are used",
+    "effective_batch_size": "write training.micro_batch_size and training.gradient_accumulation_steps; "
+    "their product is the rows per step",
+    "global_batch_size": "write training.micro_batch_size and training.gradient_accumulation_steps; "
+    "their product is the rows per step",
+    "resume_from_checkpoint": "remove it and run `affina train --resume`",
+    "do_train": "remove it: `affina train` trains",
+    "do_eval": "write evaluation.enabled",
+    "save_strategy": "write training.save_every_steps",
+    "eval_strategy": "write training.evaluate_every_steps",
+    "evaluation_strategy": "write training.evaluate_every_steps",
+    "logging_strategy": "write training.log_every_steps",
+    "push_to_hub": "remove it: affina writes local files only",
+    "hub_model_id": "remove it: affina writes local files only",
+    "remove_unused_columns": "remove it: columns that a format does not need are ignored",
+    "dataloader_num_workers": "remove it, or write data.num_workers for the preparation of the data",
+}
+"""Keys of other tools that are not one setting here, and what to do about them."""
+
+FOREIGN_VALUES: dict[str, dict[str, str]] = {
+    "quantization.method": {
+        **dict.fromkeys(("4bit", "4-bit", "int4", "bnb", "bnb-4bit", "bitsandbytes", "qlora", "true", "fp4"), "nf4"),
+        **dict.fromkeys(("false", "no", "off", "16bit", "bf16", "fp16", "bfloat16", "float16"), "none"),
+    },
+    "adapter.method": {"rs-lora": "rslora", "rs_lora": "rslora"},
+    "adapter.targets": dict.fromkeys(("all", "all_linear", "all linear", "linear", "all-linears"), "all-linear"),
+    "model.dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
+    "training.precision": {
+        "bfloat16": "bf16",
+        "float16": "fp16",
+        "half": "fp16",
+        "16": "fp16",
+        "float32": "fp32",
+        "32": "fp32",
+        "no": "fp32",
+    },
+    "training.optimizer": {
+        **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adamw"), "adamw"),
+        **dict.fromkeys(("adamw_bnb_8bit", "adam_8bit", "adamw8bit", "8bit"), "adamw_8bit"),
+        **dict.fromkeys(("paged_adamw", "paged_adamw_32bit", "paged_adamw8bit", "paged_adam_8bit"), "paged_adamw_8bit"),
+    },
+    "training.schedule": {
+        **dict.fromkeys(("constant_with_warmup", "none", "flat"), "constant"),
+        **dict.fromkeys(("cosine_with_min_lr", "cosine_annealing", "cosine_with_restarts"), "cosine"),
+    },
+    "training.device": {"gpu": "cuda", "cuda:0": "cuda", "metal": "mps"},
+    "data.truncation": {"cut": "truncate", "error": "raise", "fail": "raise", "skip": "drop"},
+    "data.mask": {"completion": "assistant", "none": "all", "last_turn": "last", "assistant_only": "assistant"},
+    "data.train[].format": {
+        **dict.fromkeys(("chatml", "openai", "chat", "chat_template", "conversation"), "messages"),
+        **dict.fromkeys(("instruction", "instruct"), "alpaca"),
+        **dict.fromkeys(("completion", "prompt-completion", "input_output"), "prompt_completion"),
+        **dict.fromkeys(("pretrain", "plain", "raw", "txt"), "text"),
+        **dict.fromkeys(("json", "jsonl", "csv", "parquet"), "auto"),
+    },
+    "evaluation.match": {"normalised": "normalized", "numeric": "number", "substring": "contains"},
+    "tracking.trackers": {"tb": "tensorboard", "weights-and-biases": "wandb", "weights_and_biases": "wandb"},
+}
+"""Words that other tools use as a value, and ours."""
+
+MINIMUM_SIMILARITY = 0.72
+"""Of difflib's ratio. High enough that `rank` is not offered for `mask`, low enough for two slips in a long name."""
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` most likely was meant to be, None when nothing is near."""
+    matches = difflib.get_close_matches(
+        _simple(word), known := {_simple(c): c for c in candidates}, 1, MINIMUM_SIMILARITY
+    )
+    return known[matches[0]] if matches else None
+
+
+def suggest_key(key: str, section_path: str, siblings: Iterable[str]) -> str:
+    """What to write instead of an unknown key: the `fix` of the error.
+
+    section_path: dotted path of the section where the key was found, "" at the top
+    siblings:     the names that this section knows
+    """
+    siblings = list(siblings)
+    simple = _simple(key)
+    if simple in FOREIGN_ANSWERS:
+        return FOREIGN_ANSWERS[simple]
+    if simple in siblings:
+        return f"did you mean {simple}?"
+    if "." in key and (path := _known_path(key)):
+        section, name = path.split(".", 1)
+        return f"write {name} inside the section {section}:, or give it as --set {path}=..."
+    if simple in FOREIGN_KEYS:
+        return f"affina calls it {FOREIGN_KEYS[simple]}"
+    homes = [path for path in all_fields() if path.rsplit(".", 1)[-1] == simple]
+    if not homes and simple in RunConfig.model_fields:
+        return f"{simple} is a section of its own: move it to the left margin"
+    if homes:
+        return f"it belongs elsewhere: write {' or '.join(homes)}"
+    if near := closest(key, siblings):
+        return f"did you mean {near}?"
+    if path := _closest_path(key):
+        return f"did you mean {path}?"
+    place = f"the section {section_path}" if section_path else "a config"
+    return f"{place} knows {', '.join(siblings)}"
+
+
+def suggest_value(path: str, value: object, words: Iterable[str]) -> str | None:
+    """The word that a wrong value of the field at `path` stands for, None when nothing is near."""
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    translated = FOREIGN_VALUES.get(path.replace("data.validation[]", "data.train[]"), {}).get(shown.lower())
+    return translated or closest(shown, words)
+
+
+def _known_path(path: str) -> str | None:
+    return path if path in all_fields() else None
+
+
+def _closest_path(key: str) -> str | None:
+    """The nearest field of the whole schema, by its last name or by what other tools call it."""
+    names: dict[str, str] = {}
+    for path in all_fields():
+        names.setdefault(path.rsplit(".", 1)[-1], path)
+    if near := closest(key, names):
+        return names[near]
+    if near := closest(key, FOREIGN_KEYS):
+        return FOREIGN_KEYS[near]
+    return None
+
+
+def _simple(word: str) -> str:
+    return word.strip().lower().replace("-", "_").replace(" ", "_")

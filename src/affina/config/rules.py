@@ -1,0 +1,348 @@
+"""Checks across fields: combinations that cannot train, found before anything is loaded.
+
+Each check is a function from the settings to one error or None. Its decorator names the fields that it reads: a check
+is skipped when one of them was refused already, so that one mistake gives one message. The first field that the user
+wrote is the place of the error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from affina.config.derive import adapter_scale, has_validation
+from affina.config.origins import Origin
+from affina.config.schema import RunConfig, SourceConfig
+from affina.errors import ConfigError, Location
+
+MAX_RANK = 1024
+"""Wider than any published use: code and mathematics at scale used 256 (Biderman et al., arXiv 2405.09673)."""
+
+MAX_SCALE = 64.0
+"""Of the update. The usual ones are 0.5 to 4; beyond this the first steps diverge at any learning rate in use."""
+
+_OTHER_WEIGHTS = re.compile(r"[-_.](gguf|awq|gptq|exl2|exl3|mlx)\b.*$", re.IGNORECASE)
+
+TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A config whose values are each valid, and where they come from."""
+
+    config: RunConfig
+    origins: Mapping[str, Origin]
+
+    def where(self, *paths: str) -> Location | None:
+        """The place of the first path that the user wrote, else of the first that has a place."""
+        known = [self.origins[path] for path in paths if path in self.origins]
+        explicit = [origin.where for origin in known if origin.is_explicit and origin.where]
+        return next(iter(explicit or [origin.where for origin in known if origin.where]), None)
+
+    def wrote(self, path: str) -> bool:
+        """Whether the user, and not a preset or a default, set this value."""
+        return path in self.origins and self.origins[path].is_explicit
+
+
+Check = Callable[[Settings], ConfigError | None]
+RULES: list[tuple[tuple[str, ...], Check]] = []
+
+
+def reads(*paths: str) -> Callable[[Check], Check]:
+    """Register a check and the fields that it depends on."""
+
+    def register(check: Check) -> Check:
+        RULES.append((paths, check))
+        return check
+
+    return register
+
+
+def check_rules(settings: Settings, invalid: Set[str] = frozenset()) -> list[ConfigError]:
+    """Every error across fields, except where a field that it depends on is in `invalid`."""
+
+    def is_refused(path: str) -> bool:
+        return any(bad == path or bad.startswith((f"{path}.", f"{path}[")) for bad in invalid)
+
+    found = [check(settings) for paths, check in RULES if not any(map(is_refused, paths))]
+    return [error for error in found if error is not None]
+
+
+@reads("model.path")
+def _model_for_other_runtimes(settings: Settings) -> ConfigError | None:
+    path = settings.config.model.path
+    match = _OTHER_WEIGHTS.search(path)
+    if match is None or Path(path).is_absolute():
+        return None
+    return ConfigError(
+        "model-not-trainable",
+        f'model.path is "{path}", whose weights are in the format {match[1].upper()}',
+        why="these weights are packed for inference; an adapter cannot be trained through them",
+        fix=f"write the original model, probably {path[: match.start()]}, and `quantization: nf4` for 4 bits",
+        where=settings.where("model.path"),
+    )
+
+
+@reads("engine.path")
+def _fast_engine(settings: Settings) -> ConfigError | None:
+    if settings.config.engine.path != "fast":
+        return None
+    return ConfigError(
+        "engine-unavailable",
+        "engine.path is fast, which this version does not have",
+        why="the fused decoder comes with a later version; results are the same on both paths",
+        fix="write `engine: auto`",
+        where=settings.where("engine.path"),
+    )
+
+
+@reads("training.max_steps", "data.streaming")
+def _streaming_without_end(settings: Settings) -> ConfigError | None:
+    if not settings.config.data.streaming or settings.config.training.max_steps is not None:
+        return None
+    return ConfigError(
+        "streaming-without-max-steps",
+        "data.streaming is true and training.max_steps is not given",
+        why="a stream has no known end, so the learning rate's schedule could not be laid out",
+        fix="write training.max_steps, or turn data.streaming off",
+        where=settings.where("data.streaming"),
+    )
+
+
+@reads("data.validation_fraction", "data.validation", "data.streaming")
+def _streaming_split(settings: Settings) -> ConfigError | None:
+    data = settings.config.data
+    if not data.streaming or data.validation or data.validation_fraction == 0:
+        return None
+    return ConfigError(
+        "streaming-split",
+        f"data.streaming is true and data.validation_fraction is {data.validation_fraction:g}",
+        why="records are held out by group and duplicate, which needs all of them at once",
+        fix="name a file in data.validation, or write `validation_fraction: 0`",
+        where=settings.where("data.validation_fraction", "data.streaming"),
+    )
+
+
+@reads("data.deduplicate", "data.streaming")
+def _streaming_deduplicate(settings: Settings) -> ConfigError | None:
+    data = settings.config.data
+    if not data.streaming or data.deduplicate == "none":
+        return None
+    return ConfigError(
+        "streaming-deduplicate",
+        f"data.streaming is true and data.deduplicate is {data.deduplicate}",
+        why="duplicates are found by looking at all records before the first step",
+        fix="turn one of the two off",
+        where=settings.where("data.deduplicate", "data.streaming"),
+    )
+
+
+@reads("quantization.scale_search", "quantization.method")
+def _scale_search_without_nf4(settings: Settings) -> ConfigError | None:
+    quantization = settings.config.quantization
+    if not quantization.scale_search or quantization.method == "nf4":
+        return None
+    if not settings.wrote("quantization.scale_search"):
+        return None  # a preset's choice that the user's `quantization: none` overrules; notes.py says so
+    return ConfigError(
+        "scale-search-without-nf4",
+        "quantization.scale_search is true and quantization.method is none",
+        why="there are no block scales to search when the weights stay 16-bit",
+        fix="write `method: nf4`, or remove scale_search",
+        where=settings.where("quantization.scale_search"),
+    )
+
+
+@reads("training.optimizer")
+def _optimizer_without_package(settings: Settings) -> ConfigError | None:
+    optimizer = settings.config.training.optimizer
+    if "8bit" not in optimizer or _is_installed("bitsandbytes"):
+        return None
+    return ConfigError(
+        "optimizer-without-package",
+        f"training.optimizer is {optimizer}, and bitsandbytes is not installed",
+        why="the 8-bit optimisers are bitsandbytes' own",
+        fix='run `pip install "affina[gpu]"`, or write `optimizer: adamw`',
+        where=settings.where("training.optimizer"),
+    )
+
+
+@reads("tracking.trackers")
+def _tracker_without_package(settings: Settings) -> ConfigError | None:
+    missing = [name for name in settings.config.tracking.trackers if not _is_installed(TRACKER_MODULES[name])]
+    if not missing:
+        return None
+    names = " and ".join(missing)
+    return ConfigError(
+        "tracker-without-package",
+        f"tracking.trackers has {names}, which {'is' if len(missing) == 1 else 'are'} not installed",
+        why="metrics.jsonl is written in any case; trackers are extras",
+        fix=f'run `pip install "affina[{",".join(missing)}]"`, or take {"it" if len(missing) == 1 else "them"} out',
+        where=settings.where("tracking.trackers"),
+    )
+
+
+@reads("training.precision", "training.device")
+def _half_precision_on_cpu(settings: Settings) -> ConfigError | None:
+    training = settings.config.training
+    if training.device != "cpu" or training.precision != "fp16":
+        return None
+    return ConfigError(
+        "fp16-on-cpu",
+        "training.precision is fp16 and training.device is cpu",
+        why="float16 needs loss scaling and is slower than float32 on a CPU",
+        fix="write `precision: fp32`, or bf16 on a CPU that has AMX or AVX512-BF16",
+        where=settings.where("training.precision", "training.device"),
+    )
+
+
+@reads("adapter.rank")
+def _rank_too_large(settings: Settings) -> ConfigError | None:
+    rank = settings.config.adapter.rank
+    if rank <= MAX_RANK:
+        return None
+    return ConfigError(
+        "rank-too-large",
+        f"adapter.rank is {rank}; the largest is {MAX_RANK}",
+        why="near the width of the model an adapter costs more than the layers that it adapts",
+        fix="begin with 16 to 64; more rank helps only when there are many tokens to learn from",
+        where=settings.where("adapter.rank"),
+    )
+
+
+@reads("adapter.alpha", "adapter.rank", "adapter.method")
+def _scale_too_large(settings: Settings) -> ConfigError | None:
+    scale = adapter_scale(settings.config)
+    if scale <= MAX_SCALE:
+        return None
+    adapter = settings.config.adapter
+    root = "sqrt(rank)" if adapter.method == "rslora" else "rank"
+    return ConfigError(
+        "adapter-scale-too-large",
+        f"adapter.alpha {adapter.alpha:g} with rank {adapter.rank} scales the update by {scale:.3g} (alpha / {root})",
+        why=f"the usual scale is between 0.5 and 4, and beyond {MAX_SCALE:g} the first steps diverge",
+        fix="write `alpha: 32` and tune training.learning_rate",
+        where=settings.where("adapter.alpha", "adapter.rank", "adapter.method"),
+    )
+
+
+@reads("adapter.targets")
+def _empty_targets(settings: Settings) -> ConfigError | None:
+    if settings.config.adapter.targets != ():
+        return None
+    return ConfigError(
+        "no-targets",
+        "adapter.targets is an empty list",
+        why="nothing would train",
+        fix="write `targets: all-linear`, or names such as [q_proj, v_proj]",
+        where=settings.where("adapter.targets"),
+    )
+
+
+@reads("training.warmup_steps", "training.max_steps")
+def _warmup_never_ends(settings: Settings) -> ConfigError | None:
+    training = settings.config.training
+    if training.warmup_steps is None or training.max_steps is None or training.warmup_steps < training.max_steps:
+        return None
+    return ConfigError(
+        "warmup-too-long",
+        f"training.warmup_steps is {training.warmup_steps} and training.max_steps is {training.max_steps}",
+        why="the run would end before the learning rate has reached its peak",
+        fix="remove warmup_steps: 3% of the run is the default",
+        where=settings.where("training.warmup_steps", "training.max_steps"),
+    )
+
+
+@reads("data.train")
+def _no_training_data(settings: Settings) -> ConfigError | None:
+    if settings.config.data.train:
+        return None
+    return ConfigError(
+        "no-training-data",
+        "data.train is an empty list",
+        fix="name a file, a folder or a hub dataset: `data: my.jsonl`",
+        where=settings.where("data.train"),
+    )
+
+
+@reads("data.train")
+def _mixed_weights(settings: Settings) -> ConfigError | None:
+    sources = settings.config.data.train
+    without = [index for index, source in enumerate(sources) if source.weight is None]
+    if not without or len(without) == len(sources):
+        return None
+    return ConfigError(
+        "weights-incomplete",
+        f"data.train[{without[0]}] has no weight, other sources have one",
+        why="a weight is a share relative to the other weights",
+        fix="give every source a weight, or none: then all records are used once per epoch",
+        where=settings.where(f"data.train[{without[0]}].path"),
+    )
+
+
+@reads("data.train")
+def _repeated_source(settings: Settings) -> ConfigError | None:
+    seen: dict[tuple[str, str | None, str | None], int] = {}
+    for index, source in enumerate(settings.config.data.train):
+        first = seen.setdefault(_identity(source), index)
+        if first != index:
+            return ConfigError(
+                "source-repeated",
+                f'data.train[{index}] is "{source.path}", as data.train[{first}] is',
+                why="each record would be trained twice, and may land on both sides of the split",
+                fix="remove one; a weight makes a source count more",
+                where=settings.where(f"data.train[{index}].path"),
+            )
+    return None
+
+
+@reads("data.train", "data.validation")
+def _validation_is_training(settings: Settings) -> ConfigError | None:
+    trained = {_identity(source): index for index, source in enumerate(settings.config.data.train)}
+    for index, source in enumerate(settings.config.data.validation):
+        if _identity(source) in trained:
+            return ConfigError(
+                "validation-is-training",
+                f'data.validation[{index}] is "{source.path}", as data.train[{trained[_identity(source)]}] is',
+                why="a model measured on what it was trained on always looks good",
+                fix="remove data.validation: a part of the training data is then held out",
+                where=settings.where(f"data.validation[{index}].path"),
+            )
+    return None
+
+
+@reads("evaluation.enabled", "data.validation", "data.validation_fraction")
+def _evaluation_without_records(settings: Settings) -> ConfigError | None:
+    if not settings.config.evaluation.enabled or has_validation(settings.config):
+        return None
+    return ConfigError(
+        "evaluation-without-records",
+        "evaluation.enabled is true, and there are no validation records",
+        why="data.validation is empty and data.validation_fraction is 0",
+        fix="name a file in data.validation, or write `validation_fraction: 0.1`",
+        where=settings.where("evaluation.enabled", "data.validation_fraction"),
+    )
+
+
+@reads("output.name")
+def _name_is_path(settings: Settings) -> ConfigError | None:
+    name = settings.config.output.name
+    if name is None or (name.strip() and not any(c in name for c in '/\\:*?"<>|\0\n') and name not in (".", "..")):
+        return None
+    return ConfigError(
+        "name-not-usable",
+        f'output.name is "{name}", which cannot be the name of a folder',
+        fix="use letters, digits, - and _; the place of all runs is output.directory",
+        where=settings.where("output.name"),
+    )
+
+
+def _identity(source: SourceConfig) -> tuple[str, str | None, str | None]:
+    return (source.path, source.subset, source.split)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
