@@ -104,7 +104,8 @@ def test_a_run_leaves_the_files_that_the_contract_names(uninterrupted: tuple[aff
 def test_the_loss_falls(uninterrupted: tuple[affina.TrainResult, Path]) -> None:
     result, _ = uninterrupted
     values = [loss for _, loss in losses(result.run)]
-    assert sum(values[-3:]) / 3 < 0.8 * values[0]
+    # A random model with a frozen head can only learn which tokens are frequent: from ln(8192) = 9.0 to about 8.1.
+    assert sum(values[-3:]) / 3 < 0.95 * values[0]
 
 
 def test_the_adapter_with_the_best_validation_loss_is_kept(uninterrupted: tuple[affina.TrainResult, Path]) -> None:
@@ -220,7 +221,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_previous_one(
 ) -> None:
     config = make_config(tiny_model_folder, chats_file, tmp_path, training__keep_best=False)
     result = affina.train(config)
-    newest, previous = list_checkpoints(result.run / "checkpoints")[-1], list_checkpoints(result.run / "checkpoints")[-2]
+    previous, newest = list_checkpoints(result.run / "checkpoints")[-2:]
     content = bytearray((newest.path / "optimizer.pt").read_bytes())
     content[len(content) // 2] ^= 0xFF
     (newest.path / "optimizer.pt").write_bytes(bytes(content))
@@ -244,13 +245,16 @@ def test_an_error_before_training_is_recorded_in_the_run(tiny_model_folder: Path
 def test_streaming_trains_and_resumes_to_the_same_bits(
     tiny_model_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(chats_file.read_text().replace("say", "tell me"))
+
     def config(name: str, **changes: Any) -> dict[str, Any]:
         made = make_config(
             tiny_model_folder,
             chats_file,
             tmp_path,
             data__streaming=True,
-            data__validation=[{"path": str(chats_file)}],
+            data__validation=[{"path": str(held_out)}],
             training__max_steps=6,
             output__name=name,
             **changes,
