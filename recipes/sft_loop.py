@@ -85,6 +85,7 @@ def sft_losses(
         optimizer.step()
         optimizer.zero_grad()
         yield step_loss
+    model.save_pretrained(adapter_path)
 
 
 if __name__ == "__main__":
