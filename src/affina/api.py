@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from affina.data.tokenizer import LoadedTokenizer
     from affina.evaluation.chat import ChatSession
     from affina.evaluation.compare import EvaluationResult
+    from affina.evaluation.perplexity import Progress
     from affina.export.merge import MergeReport
     from affina.models.build import LoadedModel
     from affina.runs.index import RunComparison, RunSummary
@@ -114,10 +115,12 @@ def train(
     preset: str | None = None,
     resume: str | Path | bool | None = None,
     callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
 ) -> TrainResult:
     """Prepare, train, evaluate and save. Without a config: the preset `laptop`, which needs neither GPU nor hub.
 
-    resume: a run directory or one of its checkpoints to continue; True continues the run named by output.name
+    resume:   a run directory or one of its checkpoints to continue; True continues the run named by output.name
+    progress: called with a stage of the evaluation, and how much of it is done and there is
 
     Raises AffinaError; what was saved before an error stays and can be resumed.
     """
@@ -133,6 +136,7 @@ def train(
         )
         _write_config(run, resolved)
     settings = resolved.config
+    before = run.read_manifest() if checkpoint is not None else {}
     run.update_manifest(
         {
             **({} if checkpoint else {"created": now(), "affina": _version(), "name": run.name}),
@@ -156,9 +160,12 @@ def train(
         )
         evaluation = None
         if status == "finished" and settings.evaluation.enabled and len(data.validation):
-            evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded)
+            evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded, progress)
     except AffinaError as error:
-        run.update_manifest({"status": "failed", "error": error.to_dict()})
+        # A refused resume has changed nothing: the run is what it was.
+        is_untouched = checkpoint is not None and error.code.startswith(("resume-", "checkpoint-damaged"))
+        failure = {"status": "failed", "error": error.to_dict()}
+        run.update_manifest({"status": before["status"]} if is_untouched else failure)
         run.log_event("failed", error.what, code=error.code)
         raise
     except BaseException as error:
@@ -202,8 +209,16 @@ def _train_model(
     return loaded, run_training(settings, run, data, tokenizer, loaded, checkpoint=checkpoint, callbacks=callbacks)
 
 
-def evaluate(run: RunLike, *, max_records: int | None = None, max_generations: int | None = None) -> EvaluationResult:
+def evaluate(
+    run: RunLike,
+    *,
+    max_records: int | None = None,
+    max_generations: int | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
     """Base against adapter on the run's validation records; writes evaluation/ with the HTML report.
+
+    progress: called with a stage, and how much of it is done and there is
 
     Raises RunError when the run has no adapter, EvaluationError when it has no validation records.
     """
@@ -219,7 +234,7 @@ def evaluate(run: RunLike, *, max_records: int | None = None, max_generations: i
     tokenizer, data = _tokenizer_and_data(settings)
     _check_template(directory, data.contract)
     loaded = load_for_inference(settings, directory.adapter)
-    return _evaluate_loaded(directory, settings, data, tokenizer, loaded)
+    return _evaluate_loaded(directory, settings, data, tokenizer, loaded, progress)
 
 
 def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> MergeReport:
@@ -268,11 +283,17 @@ def compare_runs(first: RunLike, second: RunLike) -> RunComparison:
 
 
 def _evaluate_loaded(
-    run: RunDirectory, settings: RunConfig, data: RunData, tokenizer: LoadedTokenizer, loaded: LoadedModel
+    run: RunDirectory,
+    settings: RunConfig,
+    data: RunData,
+    tokenizer: LoadedTokenizer,
+    loaded: LoadedModel,
+    progress: Progress | None,
 ) -> EvaluationResult:
     from affina.evaluation.build import evaluate_run
+    from affina.evaluation.perplexity import no_progress
 
-    return evaluate_run(run, settings, data, tokenizer, loaded)
+    return evaluate_run(run, settings, data, tokenizer, loaded, progress=progress or no_progress)
 
 
 def _tokenizer_and_data(settings: RunConfig) -> tuple[LoadedTokenizer, RunData]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -103,7 +102,6 @@ class Toy:
             settings=LoopSettings(num_steps=num_steps, **options),
             state=state or TrainState(),
             loss_scale=self.loss_scale,
-            precision=nullcontext,
             validate=self.validate,
             save=lambda state: self.saved.append(replace(state)),
             observers=Observers([self.recorder]),

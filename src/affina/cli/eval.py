@@ -8,6 +8,7 @@ import typer
 
 from affina.cli import render
 from affina.cli.options import JsonOption, RunArgument
+from affina.cli.progress import stage_progress
 
 MaxRecordsOption = Annotated[
     int | None,
@@ -35,8 +36,8 @@ def eval_command(
     from affina.evaluation.terminal import print_result
     from affina.runs.directory import RunDirectory
 
-    with render.stderr().status("measuring base and tuned model on the same records …"):
-        result = api.evaluate(run, max_records=max_records, max_generations=max_generations)
+    with stage_progress(render.stderr(), "reading the data and the model …") as progress:
+        result = api.evaluate(run, max_records=max_records, max_generations=max_generations, progress=progress)
     if as_json:
         render.print_json(result.to_dict())
         return

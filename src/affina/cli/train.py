@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from affina.cli import render
 from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
+from affina.cli.progress import stage_progress
 
 if TYPE_CHECKING:
     from affina.api import TrainResult
@@ -44,18 +47,25 @@ def train_command(
         render.print_notes(api.check(config, overrides=overrides or (), preset=preset).warnings)
 
     view = training_view(console)
-    if not as_json:
-        console.print("reading the data and the model …", style="dim")
-    try:
+    console.print("reading the data and the model …", style="dim")
+
+    with ExitStack() as stack:
+        shown: list[Callable[[str, int, int], None]] = []
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if not shown:  # not before the evaluation: a spinner and the live view cannot share a terminal
+                shown.append(stack.enter_context(stage_progress(console, "comparing with the base …")))
+            shown[0](stage, done, total)
+
+        stack.callback(view.on_end, {})
         result = api.train(
             config,
             overrides=overrides or (),
             preset=preset,
             resume=True if resume == _LATEST else resume,
             callbacks=(view,),
+            progress=progress,
         )
-    finally:
-        view.on_end({})
     if as_json:
         render.print_json(result.to_dict())
     else:
@@ -81,13 +91,11 @@ def print_train_result(console: Console, result: TrainResult) -> None:
     if result.num_skipped_steps:
         events = result.run / "events.jsonl"
         console.print(f"{result.num_skipped_steps} steps were skipped: see {events}", style="yellow")
-    commands = next_commands(result.run)
     if result.evaluation is not None:
-        print_result(console, result.evaluation, next_commands=())
+        print_result(console, result.evaluation)
     console.print()
-    console.print(f"adapter  {result.adapter}")
-    if result.report is not None:
-        console.print(f"report   {result.report}")
+    console.print(f"adapter  {result.adapter}", soft_wrap=True)
+    commands = next_commands(result.run)
     console.print("\nnext", style="bold")
     width = max(len(command) for command, _ in commands)
     for command, purpose in commands:

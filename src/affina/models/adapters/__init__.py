@@ -1,0 +1,22 @@
+"""Adapter methods over PEFT: which there are, how one is attached, saved, loaded and switched off."""
+
+from affina.models.adapters.identity import base_identity
+from affina.models.adapters.lora import adapter_disabled, attach_adapter, has_adapter
+from affina.models.adapters.methods import METHODS, AdapterMethod, method_named
+from affina.models.adapters.storage import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+from affina.models.adapters.targets import resolve_targets
+
+__all__ = [
+    "METHODS",
+    "AdapterInfo",
+    "AdapterMethod",
+    "adapter_disabled",
+    "attach_adapter",
+    "base_identity",
+    "has_adapter",
+    "load_adapter",
+    "method_named",
+    "read_adapter_info",
+    "resolve_targets",
+    "save_adapter",
+]

@@ -1,0 +1,88 @@
+"""Lays samples end to end in one row of tensors. The only file of this package that knows torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from affina.data.batches import round_up
+from affina.data.samples import IGNORED_LABEL, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One row of isolated samples; see docs/decisions/0001.
+
+    input_ids:      [T] int64
+    labels:         [T] int64, unshifted, -100 ignored; the first label of every sample is ignored
+    position_ids:   [T] int64, restarts at 0 in every sample
+    cu_seqlens:     [S+1] int32, where the samples start; the last entry is T
+    max_seqlen:     length of the longest stretch between two entries of cu_seqlens
+    num_tokens:     tokens that belong to samples, without padding
+    num_supervised: labels that are not ignored
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    num_tokens: int
+    num_supervised: int
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return self._map([tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()])
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from where copies to a GPU can overlap with computation."""
+        return self._map([tensor.pin_memory() for tensor in self._tensors()])
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
+
+    def _map(self, tensors: list[torch.Tensor]) -> Batch:
+        ids, labels, positions, cu_seqlens = tensors
+        return Batch(ids, labels, positions, cu_seqlens, self.max_seqlen, self.num_tokens, self.num_supervised)
+
+
+def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: int) -> Batch:
+    """A row with the samples in the given order, padded at its end by a sample of its own that has no labels.
+
+    num_tokens: T, the length of the row; None takes what the samples need, rounded up to a multiple of 128
+
+    Raises ValueError when there are no samples or they do not fit.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    used = sum(len(sample) for sample in samples)
+    total = round_up(used) if num_tokens is None else num_tokens
+    if used > total:
+        raise ValueError(f"{used} tokens do not fit into a row of {total}")
+    input_ids = np.full(total, pad_token_id, dtype=np.int64)
+    labels = np.full(total, IGNORED_LABEL, dtype=np.int64)
+    position_ids = np.empty(total, dtype=np.int64)
+    starts = [0]
+    for sample in samples:
+        start, stop = starts[-1], starts[-1] + len(sample)
+        input_ids[start:stop] = sample.input_ids
+        labels[start:stop] = sample.labels
+        labels[start] = IGNORED_LABEL
+        position_ids[start:stop] = np.arange(stop - start)
+        starts.append(stop)
+    if used < total:
+        position_ids[used:] = np.arange(total - used)
+        starts.append(total)
+    cu_seqlens = np.asarray(starts, dtype=np.int32)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        num_tokens=used,
+        num_supervised=int((labels != IGNORED_LABEL).sum()),
+    )

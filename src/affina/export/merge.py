@@ -1,0 +1,461 @@
+"""One plain model out of a base and an adapter: written tensor by tensor, then loaded again and proven.
+
+    W' = W + s · B A        computed in float32, rounded once to the type of the result
+
+The base is the original one, never its 4-bit copy: merging into NF4 would quantise the sum again and lose part of the
+adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are compared
+with those of base
+and adapter: an export whose effect vanished fails, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from affina.errors import ExportError
+from affina.kernels.nf4 import STATE_SUFFIXES, Nf4Tensor
+from affina.models.adapters import AdapterInfo, adapter_disabled, base_identity, load_adapter, read_adapter_info
+from affina.models.adapters.storage import read_adapter_tensors
+from affina.models.checkpoint import read_config, resolve_model_folder
+from affina.models.compat import quiet_loading
+from affina.models.forward import evaluation_mode
+from affina.models.load import load_causal_lm
+from affina.models.safetensors_file import (
+    PlannedTensor,
+    TensorSpec,
+    checkpoint_tensors,
+    read_tensor,
+    write_sharded,
+)
+from affina.models.structure import base_model_of, text_config
+from affina.models.weights import Nf4Options
+from affina.runs.atomic import new_directory
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROVENANCE_FILE = "affina.json"
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", PROVENANCE_FILE, "adapter_config.json"}
+_MAX_SHARD_BYTES = 4 * 1000**3
+_FLOAT32_PROOF_BYTES = 6 * 2**30
+
+# RMS of the logits' error over the logits' spread. Each merged weight is rounded once: 2^-9 of itself in bfloat16,
+# 2^-12 in float16, 2^-25 in float32; errors of different weights add up like random steps through the layers.
+_TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was written and how far it is from base + adapter. Differences are RMS, in units of the logits' spread.
+
+    adapter_effect:       base + adapter against base: what must survive
+    merge_error:          merged against base + adapter, on `num_probe_tokens` positions
+    max_merge_error:      the largest single difference, in the same unit
+    quantized_difference: merged against 4-bit base + adapter, as it was trained; None when it was trained on a dense
+                          base
+    """
+
+    output: Path
+    base: str
+    adapter: Path
+    dtype: str
+    num_tensors: int
+    num_merged: int
+    num_bytes: int
+    files: tuple[str, ...]
+    num_probe_tokens: int
+    adapter_effect: float
+    merge_error: float
+    max_merge_error: float
+    quantized_difference: float | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = asdict(self)
+        return values | {
+            "output": str(self.output),
+            "adapter": str(self.adapter),
+            "files": list(self.files),
+            "notes": list(self.notes),
+        }
+
+
+def merge(
+    base: str,
+    adapter: Path | str,
+    output: Path | str,
+    *,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+    trained_weight_format: Nf4Options | None = None,
+    probe_prompts: Sequence[Sequence[int]] | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> MergeReport:
+    """Writes base + adapter as one model into the new directory `output` and proves it.
+
+    base:                  directory, hub id or affina/nano
+    dtype:                 of the result: bfloat16, float16 or float32
+    device:                where the proof is computed; writing is done on the CPU
+    trained_weight_format: NF4 when the adapter was trained on a quantised base; its distance is then reported
+    probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
+
+    Raises ExportError: output-exists, disk-full, dtype-unknown, merge-vanished (the adapter's effect is not in the
+                        result),
+    merge-unverified (the result differs by more than rounding); ModelError when base or adapter cannot be used.
+    """
+    target, target_dtype = Path(output), _dtype_named(dtype)
+    _check_output(target)
+    folder = resolve_model_folder(base, revision=revision, with_code=trust_remote_code)
+    specs, raw_config, info = checkpoint_tensors(folder), read_config(folder), read_adapter_info(adapter)
+    _check_space(target, specs, target_dtype)
+    proof_dtype = _proof_dtype(specs, target_dtype)
+    load = _loader(revision, trust_remote_code, device)
+    prompts = probe_prompts if probe_prompts is not None else default_probes(folder, text_vocabulary(raw_config))
+    notes: list[str] = []
+
+    with_adapter = load_adapter(load(base, proof_dtype, None), info.directory)
+    expected, of_base = _logits(with_adapter, prompts), _logits_of_base(with_adapter, prompts)
+    identity = base_identity(with_adapter)
+    transposed = _transposed_layers(base_model_of(with_adapter))
+    del with_adapter
+
+    with new_directory(target) as temporary:
+        if raw_config.get("quantization_config") is not None:
+            notes.append(
+                "the base is stored in 4-bit: its weights were expanded before merging; "
+                "the original base would be more exact"
+            )
+        merger = _Merger(info, read_adapter_tensors(info.directory), transposed, target_dtype)
+        if merger.fits(specs):
+            planned = list(merger.plan(specs))
+            files = write_sharded(temporary, planned, max_shard_bytes=max_shard_bytes)
+            num_tensors = len(planned)
+            num_bytes = sum(tensor.num_bytes for tensor in planned)
+        else:
+            notes.append(
+                "the checkpoint names tensors differently from the modules: "
+                "merged in memory instead of tensor by tensor"
+            )
+            files = _merge_in_memory(load(base, target_dtype, None), merger, temporary)
+            written = checkpoint_tensors(temporary)
+            num_tensors, num_bytes = len(written), sum(spec.num_bytes for spec in written.values())
+        _write_config(temporary, raw_config, dtype)
+        _copy_companions(folder, temporary, with_code=trust_remote_code)
+        _write_provenance(temporary, info, identity, dtype)
+
+        merged = _logits(load(str(temporary), proof_dtype, None), prompts)
+        differences = _compare(merged, expected, of_base)
+        _prove(differences, target_dtype, dtype)
+
+        quantized_difference = None
+        if trained_weight_format is not None:
+            trained = _logits(load_adapter(load(base, proof_dtype, trained_weight_format), info.directory), prompts)
+            quantized_difference = _rms(merged - trained) / _spread(expected)
+            notes.append(
+                "the adapter was trained against the 4-bit base and is merged into the original one: its logits differ "
+                f"from those in training by {quantized_difference:.1%} of their spread, the 4-bit base's own error"
+            )
+    return MergeReport(
+        output=target,
+        base=base,
+        adapter=info.directory,
+        dtype=dtype,
+        num_tensors=num_tensors,
+        num_merged=len(merger.pairs),
+        num_bytes=num_bytes,
+        files=tuple(path.name for path in files),
+        num_probe_tokens=expected.shape[0],
+        adapter_effect=differences.effect,
+        merge_error=differences.error,
+        max_merge_error=differences.max_error,
+        quantized_difference=quantized_difference,
+        notes=tuple(notes),
+    )
+
+
+# Before anything is written
+# --------------------------------------------------------------------------------------------
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ExportError("dtype-unknown", f'"{name}" is no type for weights', fix=f"use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_output(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(
+            "output-exists",
+            f"{target} already holds something",
+            why="a merge never overwrites",
+            fix="name a new directory with -o",
+        )
+    parent = target.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            target.rmdir()  # an empty one is as good as none; the rename at the end needs the name free
+    except OSError as error:
+        raise ExportError(
+            "output-not-writable", f"cannot write into {parent}: {error.strerror}", fix="choose another directory"
+        ) from error
+
+
+def _check_space(target: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> None:
+    needed = sum(_num_elements(spec) * dtype.itemsize for spec in specs.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise ExportError(
+            "disk-full",
+            f"the merged model needs {needed / 1e9:.1f} GB, {target.parent} has {free / 1e9:.1f} GB free",
+            fix="free space, or name a directory on another disk with -o",
+        )
+
+
+def _num_elements(spec: TensorSpec) -> int:
+    # Codes of a 4-bit checkpoint hold two weights a byte.
+    return spec.num_bytes * 2 if spec.dtype == torch.uint8 else spec.num_bytes // spec.dtype.itemsize
+
+
+def _proof_dtype(specs: Mapping[str, TensorSpec], target_dtype: torch.dtype) -> torch.dtype:
+    """float32 where it fits: then the proof sees the rounding of the weights and nothing else."""
+    needed = sum(_num_elements(spec) * 4 for spec in specs.values())
+    return torch.float32 if needed <= _FLOAT32_PROOF_BYTES else target_dtype
+
+
+def _loader(
+    revision: str | None, trust_remote_code: bool, device: torch.device | str
+) -> Callable[[str, torch.dtype, Nf4Options | None], PreTrainedModel]:
+    def load(path: str, dtype: torch.dtype, weight_format: Nf4Options | None) -> PreTrainedModel:
+        return load_causal_lm(
+            path,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            weight_format=weight_format,
+            trust_remote_code=trust_remote_code,
+        )
+
+    return load
+
+
+# Merging
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Merger:
+    """The adapter's matrices, and how a tensor of the base becomes one of the result.
+
+    pairs: (A [R, in], B [out, R]) by layer name     transposed: layers that store [in, out]
+    """
+
+    info: AdapterInfo
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    transposed: frozenset[str]
+    dtype: torch.dtype
+
+    def fits(self, specs: Mapping[str, TensorSpec]) -> bool:
+        """Whether every adapted layer is a tensor of its own in the checkpoint."""
+        return all(f"{layer}.weight" in specs for layer in self.pairs)
+
+    def plan(self, specs: Mapping[str, TensorSpec]) -> Iterator[PlannedTensor]:
+        """Every tensor of the result, in the order of the files, to be made when it is written."""
+        for name, spec in specs.items():
+            if any(name.endswith(f".{suffix}") for suffix in STATE_SUFFIXES):
+                continue
+            shape, is_float = spec.shape, spec.dtype.is_floating_point
+            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
+                shape, is_float = _quantized(name, specs).shape, True
+            dtype = self.dtype if is_float else spec.dtype
+            yield PlannedTensor(name, dtype, shape, self._maker(name, specs))
+
+    def _maker(self, name: str, specs: Mapping[str, TensorSpec]) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
+                weight = _quantized(name, specs).dequantize(torch.float32)
+            else:
+                weight = read_tensor(specs[name])
+            return self.merged(name.removesuffix(".weight"), weight)
+
+        return make
+
+    def merged(self, layer: str, weight: Tensor) -> Tensor:
+        """W + s · B A in the type of the result, or the tensor itself when the adapter leaves it alone."""
+        if layer not in self.pairs:
+            return weight.to(self.dtype) if weight.is_floating_point() else weight
+        down, up = self.pairs[layer]
+        update = self.info.scale_of(layer, down.shape[0]) * (up.float() @ down.float())
+        if layer in self.transposed:
+            update = update.t()
+        return (weight.float() + update).to(self.dtype)
+
+
+def _quantized(name: str, specs: Mapping[str, TensorSpec]) -> Nf4Tensor:
+    state = {suffix: read_tensor(specs[f"{name}.{suffix}"]) for suffix in STATE_SUFFIXES if f"{name}.{suffix}" in specs}
+    return Nf4Tensor.from_state(state | {"": read_tensor(specs[name])}, name)
+
+
+def _transposed_layers(base: PreTrainedModel) -> frozenset[str]:
+    return frozenset(
+        name.removesuffix(".base_layer") for name, module in base.named_modules() if isinstance(module, Conv1D)
+    )
+
+
+@torch.no_grad()
+def _merge_in_memory(model: PreTrainedModel, merger: _Merger, folder: Path) -> list[Path]:
+    for layer in merger.pairs:
+        weight = model.get_submodule(layer).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(merger.merged(layer, weight))
+    with quiet_loading():
+        model.save_pretrained(folder)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _write_config(folder: Path, raw: Mapping[str, Any], dtype: str) -> None:
+    config = {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype")}
+    config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_companions(source: Path, folder: Path, *, with_code: bool) -> None:
+    """Tokenizer, template, generation settings, licence: all that is small and not weights."""
+    patterns = (*_COPIED, "*.py") if with_code else _COPIED
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        if path.name not in _NOT_COPIED and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_provenance(folder: Path, info: AdapterInfo, identity: Mapping[str, Any], dtype: str) -> None:
+    content = {
+        "merged": True,
+        "base": info.base or dict(identity),
+        "adapter": {key: info.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")},
+        "contract": info.contract,
+        "dtype": dtype,
+        "versions": info.versions,
+    }
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+
+
+# Proving
+# ---------------------------------------------------------------------------------------------------------------
+
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and then it asks for its invoice.",
+    "Buongiorno, vorrei sapere quando arriva il mio ordine numero 48213.",
+    '{"name": "affina", "values": [1, 2, 3]} is a small JSON object.',
+    "def add(a, b):\n    return a + b\n",
+)
+
+
+def text_vocabulary(raw_config: Mapping[str, Any]) -> int:
+    """Size of the vocabulary from a raw config, also of one with a nested text model."""
+    nested = raw_config.get("text_config")
+    size = raw_config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
+    return int(size or 256)
+
+
+def default_probes(folder: Path, vocabulary_size: int) -> list[list[int]]:
+    """Token ids of a few sentences, as plain text and as chat, or spread ids where there is no tokenizer."""
+    probes: list[list[int]] = [[(i * 7919 + 11) % vocabulary_size for i in range(32)]]
+    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        return probes
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    probes += [tokenizer(sentence, add_special_tokens=True)["input_ids"] for sentence in _SENTENCES]
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": _SENTENCES[1]}]
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        probes.append(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return [probe for probe in probes if probe]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """[P, V] float32 logits of all positions of all probes, on the CPU."""
+    base = base_model_of(model)
+    size = text_config(base).vocab_size
+    rows = []
+    with evaluation_mode(model):
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=base.device)
+            rows.append(model(input_ids=ids, use_cache=False).logits[0, :, :size].float().cpu())
+    return torch.cat(rows)
+
+
+def _logits_of_base(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    with adapter_disabled(model):
+        return _logits(model, prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Differences:
+    """RMS differences of logits over their spread: adapter against base, merged against adapter, merged against
+    base."""
+
+    effect: float
+    error: float
+    max_error: float
+    left: float
+
+
+def _compare(merged: Tensor, expected: Tensor, of_base: Tensor) -> _Differences:
+    spread = _spread(expected)
+    return _Differences(
+        effect=_rms(expected - of_base) / spread,
+        error=_rms(merged - expected) / spread,
+        max_error=float((merged - expected).abs().max()) / spread,
+        left=_rms(merged - of_base) / spread,
+    )
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def _spread(logits: Tensor) -> float:
+    return max(float(logits.double().std()), 1e-12)
+
+
+def _prove(differences: _Differences, dtype: torch.dtype, name: str) -> None:
+    if not differences.effect > 0:
+        raise ExportError(
+            "merge-vanished",
+            "the adapter changes nothing: base and base + adapter give the same logits",
+            why="it was never trained, or its learning rate was 0",
+            fix="look at the run's loss; merge a checkpoint that learnt something",
+        )
+    # `not <` also catches NaN.
+    if not differences.error < differences.effect or not differences.left > 0.5 * differences.effect:
+        raise ExportError(
+            "merge-vanished",
+            f"the adapter moves logits by {differences.effect:.2e} of their spread; the merged model is "
+            f"{differences.error:.2e} away from it and {differences.left:.2e} away from the base",
+            why=f"the adapter's update is lost in the result (rounding to {name}, or a merge that went wrong)",
+            fix="merge with dtype float32, or train longer",
+        )
+    tolerance = _TOLERANCES[dtype]
+    if not differences.error <= tolerance:
+        raise ExportError(
+            "merge-unverified",
+            f"the merged model's logits differ from the adapter's by {differences.error:.2e} of their spread",
+            why=f"rounding to {name} explains at most {tolerance:.0e}; nothing was written",
+            fix="merge with dtype float32; if it fails too, report the model and the adapter",
+        )

@@ -1,0 +1,102 @@
+"""Where a model's files are, and whether they are complete, before anything large is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from affina.catalog.embedded import embedded_model_path
+from affina.errors import Location, ModelError
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
+
+
+def resolve_model_folder(path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
+    """The local folder of a model: a directory, the embedded model, or a hub id whose files are fetched if need be.
+
+    Raises ModelError: model-not-found, model-unreachable (no network, not cached), model-gated.
+    """
+    embedded = embedded_model_path(path)
+    if embedded is not None:
+        return embedded
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(
+            "model-not-found",
+            f"model.path {path} is a file",
+            fix="give the directory that holds config.json",
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ModelError(
+            "model-not-found",
+            f'there is no directory "{path}"',
+            why="it is not a hub id either: those are owner/name",
+            fix="check model.path; affina/nano ships with affina",
+        )
+    return _fetch(path, revision, with_code)
+
+
+def _fetch(repository: str, revision: str | None, with_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*_FILES, "*.py"] if with_code else list(_FILES)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            "model-gated",
+            f"{repository} asks you to accept its licence first",
+            fix=f"accept it on https://huggingface.co/{repository}, then: hf auth login",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            "model-not-found",
+            f'{repository} has no revision "{revision}"',
+            fix="check model.revision; leave it out for the newest",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            "model-not-found",
+            f"there is no directory {repository} and no such model on the hub",
+            why="it does not exist, or it is private and you are not logged in",
+            fix="check model.path; for a private model: hf auth login",
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            "model-unreachable",
+            f"{repository} is not on this machine and the hub cannot be reached",
+            why=str(error).splitlines()[0],
+            fix="connect, unset HF_HUB_OFFLINE, or give a local directory; affina/nano needs no network",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. Raises ModelError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(
+            "model-not-found",
+            f"{folder} has no config.json",
+            why="it is an adapter, not a model" if is_adapter else "it is no model directory",
+            fix="give its base as model.path" if is_adapter else "give a directory with config.json and weights",
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError("config-damaged", f"config.json is not JSON: {error}", where=Location(path)) from error
+    if not isinstance(content, dict):
+        raise ModelError("config-damaged", "config.json is not a JSON object", where=Location(path))
+    return content

@@ -1,0 +1,419 @@
+"""From a batch to a loss: body, then the head only where a token is supervised.
+
+Two layouts give the same loss. *Packed* runs the row [1, T] as it is; attention is told where documents end. *Rows*
+unpacks the documents into [S, L] with padding on the right and a mask; it is slower, and it is right for every
+architecture, state-space models included, because nothing crosses from one row to another. `isolation_of(model)` finds
+out, on two short documents, which one a model can do.
+
+    hidden = body(input_ids, position_ids, documents)                 [T, D]
+    rows   = positions t whose next label is supervised               labels[t+1] ≠ −100
+    loss   = Σ cross-entropy(head(hidden[rows]), labels[rows + 1])    float32
+
+Labels are shifted over the whole row; the first label of every document is ignored by contract, hence no document
+predicts the next one's first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from affina.errors import ModelError
+from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from affina.kernels.packed_attention import Documents
+from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
+from affina.models.structure import Head, base_model_of, body_of, head_of, text_config
+
+IGNORED_LABEL = -100
+Layout = Literal["packed", "rows"]
+
+
+class Batch(Protocol):
+    """What `affina.data.collate` makes: one row of documents laid end to end.
+
+    input_ids, labels, position_ids: [T] int64     cu_seqlens: [S+1] int32, from 0 to T
+    num_supervised: number of labels that are not -100
+    """
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def max_seqlen(self) -> int: ...
+    @property
+    def num_supervised(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """How documents of one row are kept apart in a model, and why.
+
+    layout:         "packed", or "rows" for models whose documents would see each other
+    reason:         one sentence for the user
+    difference: of hidden states between documents in one row and apart, RMS in units of their spread
+    """
+
+    layout: Layout
+    reason: str
+    difference: float
+
+
+def supervised_loss(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> tuple[Tensor, int]:
+    """(sum of the cross-entropies as a float32 scalar, number of supervised tokens) of one batch.
+
+    Gradients reach whatever in `model` requires them. `layout` defaults to what `isolation_of(model)` found.
+    """
+    selected = _selected_hidden(model, batch, layout)
+    loss = _loss_of_hidden(model, selected.hidden, selected.targets)
+    return loss, batch.num_supervised
+
+
+@torch.no_grad()
+def supervised_token_losses(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[T] float32: cross-entropy of each supervised token at its own position, 0 elsewhere; no gradient."""
+    selected = _selected_hidden(model, batch, layout)
+    head = verified_head(model)
+    with compute_context(model):
+        if head is None:
+            logits = _logits_by_module(base_model_of(model), selected.hidden)
+            losses = nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
+        else:
+            losses = token_losses(
+                selected.hidden,
+                head.weight,
+                selected.targets,
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.scale,
+            )
+    result = torch.zeros(batch.labels.shape[0], dtype=torch.float32, device=losses.device)
+    result[selected.positions + 1] = losses
+    return result
+
+
+def hidden_states(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[T, D] the body's output for every token of the row, each document seeing only itself."""
+    layout = layout or isolation_of(model).layout
+    base = base_model_of(model)
+    if layout == "packed":
+        return _packed_hidden(model, base, batch)
+    rows = _to_rows(batch, range(len(batch.cu_seqlens) - 1))
+    hidden = _rows_hidden(model, base, rows)
+    return hidden.reshape(-1, hidden.shape[-1])[rows.flat_index]
+
+
+def compute_context(model: nn.Module) -> torch.autocast | nullcontext[None]:
+    """Autocast to the base model's 16-bit type where float32 adapters meet it, nothing otherwise.
+
+    Adapters are float32 masters. PEFT would cast, and keep, a float32 copy of every layer's input for them: 226
+    instead of 151 KiB per token and layer on Qwen3-4B. Under autocast it is the small matrices that are cast.
+    """
+    base = base_model_of(model)
+    dtype = base.dtype
+    if dtype not in (torch.float16, torch.bfloat16) or not _has_float32_adapters(model):
+        return nullcontext()
+    return torch.autocast(base.device.type, dtype=dtype)
+
+
+# Packed rows
+# -----------------------------------------------------------------------------------------------------------
+
+
+def _packed_hidden(model: nn.Module, base: PreTrainedModel, batch: Batch) -> Tensor:
+    body = body_of(base)
+    assert body is not None, "a packed row needs a body"
+    if base.config._attn_implementation != PACKED_ATTENTION:
+        use_packed_attention(base)
+    documents = Documents.from_cu_seqlens(batch.cu_seqlens)
+    with compute_context(model), without_masks():
+        output = body(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            documents=documents,
+        )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+# Padded rows
+# -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Documents below each other.
+
+    input_ids, attention_mask, position_ids: [S, L], padded on the right
+    flat_index: [T'] position of each of their tokens in the flattened [S · L]
+    row_index:  [T'] its position in the packed row
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    flat_index: Tensor
+    row_index: Tensor
+
+
+def _to_rows(batch: Batch, which: range | list[int]) -> _Rows:
+    bounds = batch.cu_seqlens.tolist()
+    chosen = [(bounds[index], bounds[index + 1]) for index in which if bounds[index + 1] > bounds[index]]
+    device = batch.input_ids.device
+    width = max((end - start for start, end in chosen), default=1)
+    lengths = torch.tensor([end - start for start, end in chosen], device=device)
+    starts = torch.tensor([start for start, _ in chosen], device=device)
+    column = torch.arange(width, device=device)
+    is_token = column < lengths.unsqueeze(1)
+    source = (starts.unsqueeze(1) + column).clamp(max=batch.input_ids.shape[0] - 1)
+    return _Rows(
+        input_ids=torch.where(is_token, batch.input_ids[source], 0),
+        attention_mask=is_token.long(),
+        position_ids=column.expand(len(chosen), -1),
+        flat_index=is_token.reshape(-1).nonzero().squeeze(1),
+        row_index=source[is_token],
+    )
+
+
+def _rows_hidden(model: nn.Module, base: PreTrainedModel, rows: _Rows) -> Tensor:
+    """[S, L, D]"""
+    body = body_of(base)
+    options = {"position_ids": rows.position_ids} if _takes(body or base, "position_ids") else {}
+    with compute_context(model):
+        if body is not None:
+            output = body(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **options)
+            hidden: Tensor = output.last_hidden_state
+            return hidden
+        output = base(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+            **options,
+        )
+        last: Tensor = output.hidden_states[-1]
+        return last
+
+
+# The head, where it is needed
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """hidden: [N, D] of the tokens that predict a supervised one; targets: [N] those labels; positions: [N] in the
+    row."""
+
+    hidden: Tensor
+    targets: Tensor
+    positions: Tensor
+
+
+def _selected_hidden(model: nn.Module, batch: Batch, layout: Layout | None) -> _Selected:
+    layout = layout or isolation_of(model).layout
+    positions = _predicting_positions(batch)
+    targets = batch.labels[positions + 1]
+    if layout == "packed":
+        hidden = hidden_states(model, batch, layout=layout)
+        return _Selected(hidden.index_select(0, positions), targets, positions)
+    base = base_model_of(model)
+    supervised = batch.labels != IGNORED_LABEL
+    bounds = batch.cu_seqlens.tolist()
+    which = [i for i in range(len(bounds) - 1) if bool(supervised[bounds[i] : bounds[i + 1]].any())]
+    if not which:
+        which = [0]
+    rows = _to_rows(batch, which)
+    hidden = _rows_hidden(model, base, rows)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    place = torch.zeros_like(batch.labels)
+    place[rows.row_index] = rows.flat_index
+    return _Selected(flat.index_select(0, place[positions]), targets, positions)
+
+
+def _predicting_positions(batch: Batch) -> Tensor:
+    """[N] int64 positions t with a supervised label at t + 1. N is known, so a GPU is not waited for."""
+    supervised = batch.labels[1:] != IGNORED_LABEL
+    return torch.nonzero_static(supervised, size=batch.num_supervised).squeeze(1)
+
+
+def _loss_of_hidden(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    head = verified_head(model)
+    if head is None:
+        with compute_context(model):
+            logits = _logits_by_module(base_model_of(model), hidden)
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return linear_cross_entropy(
+        hidden, head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
+    )
+
+
+def _logits_by_module(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[N, V] by the head module itself, for heads that `head_of` cannot describe (quantised, adapted)."""
+    layer = base.get_output_embeddings()
+    assert layer is not None
+    logits: Tensor = layer(hidden)
+    config = text_config(base)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (softcap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+# What was found out about a model, once
+# --------------------------------------------------------------------------------
+
+_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_ISOLATIONS: WeakKeyDictionary[nn.Module, Isolation] = WeakKeyDictionary()
+_PROBE_LENGTH = 9
+
+
+def verified_head(model: nn.Module) -> Head | None:
+    """The head for `linear_cross_entropy`, or None for a head that is no plain linear layer.
+
+    The first call compares it with the model's own logits. Raises ModelError when body and head do not reproduce them,
+    rather than train on a wrong loss.
+    """
+    base = base_model_of(model)
+    head = head_of(base)
+    if base not in _HEADS:
+        _verify_head(model, base, head)
+        _HEADS[base] = True
+    return head
+
+
+@torch.no_grad()
+def _verify_head(model: nn.Module, base: PreTrainedModel, head: Head | None) -> None:
+    batch = _probe_batch(base, documents=1)
+    with evaluation_mode(model), compute_context(model):
+        expected = base(input_ids=batch.input_ids.unsqueeze(0), use_cache=False).logits[0].float()
+        hidden = _rows_hidden(model, base, _to_rows(batch, range(1)))[0]
+        if head is None:
+            found = _logits_by_module(base, hidden).float()
+        else:
+            bias = head.bias.float() if head.bias is not None else 0.0
+            found = (hidden.float() @ head.weight.float().t() + bias) * head.scale
+            if head.softcap is not None:
+                found = head.softcap * torch.tanh(found / head.softcap)
+    difference = _relative_difference(found, expected)
+    # Rounding alone: 1e-6 in float32, 2^-8 per operation in bfloat16, on numbers of the logits' spread.
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.05
+    if difference > tolerance:
+        raise ModelError(
+            "head-unknown",
+            f"{type(base).__name__} turns hidden states into logits in a way that affina does not know",
+            why=f"its logits differ by {difference:.1%} from head(body(tokens)); the loss would be wrong",
+            fix="report the architecture; affina reads logit scales and soft caps from the config",
+        )
+
+
+def isolation_of(model: nn.Module) -> Isolation:
+    """Which layout keeps documents apart in this model: measured once per model, on two short documents.
+
+    Switches the model's attention to `affina_packed` when that works.
+    """
+    base = base_model_of(model)
+    if base not in _ISOLATIONS:
+        _ISOLATIONS[base] = _probe_isolation(model, base)
+    return _ISOLATIONS[base]
+
+
+def isolates_documents(model: nn.Module) -> bool:
+    """Whether documents can share a row of this model without seeing each other."""
+    return isolation_of(model).layout == "packed"
+
+
+@torch.no_grad()
+def _probe_isolation(model: nn.Module, base: PreTrainedModel) -> Isolation:
+    before = base.config._attn_implementation
+    name = type(base).__name__
+    if body_of(base) is None or not use_packed_attention(base):
+        return Isolation("rows", f"{name} does not take its attention by name: one row per document", float("nan"))
+    batch = _probe_batch(base, documents=2)
+    # The same row with another first document: the second must not notice.
+    other_ids = batch.input_ids.clone()
+    other_ids[:_PROBE_LENGTH] = (other_ids[:_PROBE_LENGTH] + 1) % text_config(base).vocab_size
+    try:
+        with evaluation_mode(model):
+            packed = hidden_states(model, batch, layout="packed").float()
+            with_other = hidden_states(model, replace(batch, input_ids=other_ids), layout="packed").float()
+            apart = hidden_states(model, batch, layout="rows").float()
+    except (ModelError, TypeError, ValueError, RuntimeError) as error:
+        base.set_attn_implementation(before)
+        cause = error.what if isinstance(error, ModelError) else str(error).splitlines()[0]
+        return Isolation("rows", f"{name} cannot run packed rows ({cause}): one row per document", float("nan"))
+    leak = _relative_difference(packed[_PROBE_LENGTH:], with_other[_PROBE_LENGTH:])
+    difference = max(leak, _relative_difference(packed, apart))
+    # The same kernels on the same shapes: a leak is anything but zero. Apart, other kernels may round differently:
+    # 1e-6 in float32; 2^-8 an operation in bfloat16, some per cent after dozens of layers.
+    is_exact = base.dtype == torch.float32
+    if not (leak <= (1e-5 if is_exact else 1e-2) and difference <= (1e-3 if is_exact else 0.1)):
+        base.set_attn_implementation(before)
+        what = "documents see each other" if leak > 1e-5 else "documents are computed differently when they share a row"
+        return Isolation("rows", f"{what} in {name} ({difference:.1%}): one row per document", difference)
+    return Isolation("packed", "documents share rows and do not see each other (measured)", difference)
+
+
+@dataclass(frozen=True, slots=True)
+class _ProbeBatch:
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_supervised: int
+
+
+def _probe_batch(base: PreTrainedModel, *, documents: int) -> _ProbeBatch:
+    vocabulary = text_config(base).vocab_size
+    count = documents * _PROBE_LENGTH
+    # Distinct, spread token ids; the same for every call, whatever the state of the random generators.
+    ids = (torch.arange(count) * 7919 + 13) % vocabulary
+    position_ids = torch.arange(_PROBE_LENGTH).repeat(documents)
+    cu_seqlens = torch.arange(0, count + 1, _PROBE_LENGTH, dtype=torch.int32)
+    device = base.device
+    return _ProbeBatch(
+        ids.to(device), ids.to(device), position_ids.to(device), cu_seqlens.to(device), _PROBE_LENGTH, count - documents
+    )
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """RMS of the difference, in units of the expected values' standard deviation."""
+    return float((found - expected).square().mean().sqrt() / expected.std().clamp(min=1e-12))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    import inspect
+
+    return argument in inspect.signature(module.forward).parameters
+
+
+def _has_float32_adapters(model: nn.Module) -> bool:
+    first = next((parameter for name, parameter in model.named_parameters() if ".lora_" in name), None)
+    return first is not None and first.dtype == torch.float32

@@ -1,0 +1,466 @@
+"""From a path to a frozen causal language model, quantised while it is read.
+
+Dense models go through transformers' own `from_pretrained`. With a weight format the model is built without memory for
+its linear layers; then the checkpoint is read one tensor at a time, quantised at once on the target device, and the
+dense tensor is dropped. Peak memory is the finished model plus the largest tensor. Checkpoints whose tensor names
+differ from the modules' (fused experts, missing prefixes) are loaded by transformers first and quantised in place;
+`load_notes` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from affina.errors import Location, ModelError
+from affina.kernels.nf4 import STATE_SUFFIXES, Nf4Tensor
+from affina.models.attention import register
+from affina.models.checkpoint import read_config, resolve_model_folder
+from affina.models.compat import quiet_loading
+from affina.models.safetensors_file import (
+    PlannedTensor,
+    TensorSpec,
+    checkpoint_tensors,
+    read_tensor,
+    write_sharded,
+)
+from affina.models.structure import base_model_of
+from affina.models.weights import Nf4Linear, Nf4Options, cache_dequantized, linear_layers, quantize_linears
+from affina.models.weights.nf4 import quantize_weight, replace_module
+
+logger = logging.getLogger(__name__)
+_NOTES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+_MAX_SHARD_BYTES = 5 * 1000**3
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    weight_format: Nf4Options | None = None,
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+    cache_dequantized_bytes: int = 0,
+) -> PreTrainedModel:
+    """The model at `path`, in evaluation mode, every parameter frozen.
+
+    path:          a directory, a hub id, or affina/nano
+    dtype:         of weights that are not quantised, and of the computation
+    weight_format: NF4 for the linear layers (never the head); None: as the checkpoint stores them. A checkpoint that
+                   is already in bitsandbytes' 4-bit NF4 stays in it, whatever is asked; bitsandbytes is not needed.
+    attention:     a name that transformers knows; "auto" leaves the choice to it
+    cache_dequantized_bytes: NF4 layers keep their dense weights if all of them fit this budget (see
+                             `cache_dequantized`)
+
+    Raises ModelError: model-not-found, model-unreachable, model-gated, model-type-unknown, model-needs-code,
+    checkpoint-missing, checkpoint-unsafe, checkpoint-incomplete, checkpoint-damaged, checkpoint-mismatch,
+    quantization-unsupported.
+    """
+    device = torch.device(device)
+    register()
+    folder = resolve_model_folder(path, revision=revision, with_code=trust_remote_code)
+    raw_config = read_config(folder)
+    specs = checkpoint_tensors(folder)
+    config = _auto_config(folder, raw_config, path, trust_remote_code)
+    stored = raw_config.get("quantization_config")
+    options = weight_format
+    if stored is not None:
+        options = options_of_checkpoint(stored, path)
+        del config.quantization_config
+    notes: list[str] = []
+    build: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if attention != "auto":
+        build["attn_implementation"] = attention
+    if options is None:
+        model = _load_dense(folder, config, dtype, device, build)
+    else:
+        # What a 4-bit checkpoint left dense stays dense.
+        quantize = options if stored is None else None
+        model = _load_quantized(folder, config, specs, dtype, device, quantize, build, notes)
+    if stored is not None and weight_format is None:
+        notes.append("the checkpoint is stored in 4-bit NF4 and stays in it")
+    model.config._name_or_path = path
+    model.eval().requires_grad_(False)
+    if cache_dequantized_bytes:
+        cache_dequantized(model, cache_dequantized_bytes, dtype)
+    for note in notes:
+        logger.info("%s: %s", path, note)
+    _NOTES[model] = tuple(notes)
+    return model
+
+
+def load_notes(model: nn.Module) -> tuple[str, ...]:
+    """What was unusual about loading `model`, as sentences for the user."""
+    return _NOTES.get(base_model_of(model), ())
+
+
+# Config
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+    where = Location(folder / "config.json")
+    if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
+        raise ModelError(
+            "model-needs-code",
+            f"{path} brings its own Python code",
+            why="running it means trusting its author with your machine",
+            fix="read the code, then set model.trust_remote_code: true; or choose a model that transformers knows",
+            where=where,
+        )
+    if not raw.get("model_type"):
+        raise ModelError("model-type-unknown", f"{path} does not say what it is: no model_type", where=where)
+    if not _is_known(raw["model_type"]) and not trust_remote_code:
+        import transformers
+
+        raise ModelError(
+            "model-type-unknown",
+            f'model_type "{raw["model_type"]}" is unknown to transformers {transformers.__version__}',
+            fix="upgrade transformers if the model is new; otherwise check config.json",
+            where=where,
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+        raise ModelError(
+            "config-damaged",
+            f"config.json does not describe a {raw['model_type']} model: {str(error).splitlines()[0]}",
+            where=where,
+        ) from error
+    if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            "model-type-unknown",
+            f"{raw['model_type']} is not a causal language model",
+            why="it does not predict the next token of a text",
+            fix="choose a model with a …ForCausalLM architecture",
+            where=where,
+        )
+    return config
+
+
+def _is_known(model_type: object) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def options_of_checkpoint(stored: Mapping[str, Any], path: str) -> Nf4Options:
+    """The options behind a checkpoint's `quantization_config`. Raises ModelError for anything but 4-bit NF4."""
+    method = stored.get("quant_method")
+    kind = stored.get("bnb_4bit_quant_type", "nf4")
+    if method != "bitsandbytes" or not stored.get("load_in_4bit") or kind != "nf4":
+        described = f"{method} {kind}" if stored.get("load_in_4bit") else str(method)
+        raise ModelError(
+            "quantization-unsupported",
+            f"{path} is stored quantised ({described})",
+            why="affina trains on bfloat16, float16, float32 and on bitsandbytes' 4-bit NF4",
+            fix="use the original model and set quantization.method: nf4",
+        )
+    return Nf4Options(
+        double_quantization=bool(stored.get("bnb_4bit_use_double_quant", False)),
+        skip_modules=tuple(stored.get("llm_int8_skip_modules") or ()),
+    )
+
+
+# Dense
+# -----------------------------------------------------------------------------------------------------------------
+
+
+def _load_dense(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, build: Mapping[str, Any]
+) -> PreTrainedModel:
+    options = dict(build)
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    try:
+        with quiet_loading():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _mismatch(folder, str(error)) from error
+    if info["missing_keys"]:
+        raise _missing(folder, sorted(info["missing_keys"]))
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _missing(folder: Path, names: list[str]) -> ModelError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ModelError(
+        "checkpoint-mismatch",
+        f"the checkpoint has no {shown}",
+        why="the model would start with random numbers there",
+        fix="config.json and the weights do not belong together, or a file is missing: download the model again",
+        where=Location(folder),
+    )
+
+
+def _mismatch(folder: Path, detail: str) -> ModelError:
+    return ModelError(
+        "checkpoint-mismatch",
+        "config.json and the weights do not fit together",
+        why=" ".join(detail.split())[:400],
+        fix="download the model again; do not mix files of two models",
+        where=Location(folder),
+    )
+
+
+# Quantised, tensor by tensor
+# -------------------------------------------------------------------------------------------
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """While active, `torch.empty` makes tensors without memory: parameters, which are read later. What a module
+    computes for itself, rotary frequencies for example, is computed as always.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _load_quantized(
+    folder: Path,
+    config: PretrainedConfig,
+    specs: Mapping[str, TensorSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Nf4Options | None,
+    build: Mapping[str, Any],
+    notes: list[str],
+) -> PreTrainedModel:
+    with _WeightsOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **build)
+    assert isinstance(model, PreTrainedModel)
+    wanted = dict(model.named_parameters()) | _persistent_buffers(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in wanted if name not in specs and name not in tied]
+    keeps_float32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(
+        model, "_keep_in_fp32_modules_strict", None
+    )
+    if missing or keeps_float32:
+        if options is None:
+            raise _missing(folder, missing)
+        return _load_then_quantize(folder, config, dtype, device, options, build, notes)
+    head = model.get_output_embeddings()
+    for name, spec in _in_file_order(specs):
+        if name not in wanted:
+            continue
+        _place(model, name, spec, specs, dtype, device, options, head)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise _missing(folder, left)
+    model.to(device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _place(
+    model: PreTrainedModel,
+    name: str,
+    spec: TensorSpec,
+    specs: Mapping[str, TensorSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Nf4Options | None,
+    head: nn.Module | None,
+) -> None:
+    """Reads one tensor and puts it, quantised where it should be, where it belongs."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    is_weight = type(module) is nn.Linear and leaf == "weight"
+    state = {suffix: read_tensor(specs[f"{name}.{suffix}"]) for suffix in STATE_SUFFIXES if f"{name}.{suffix}" in specs}
+    if is_weight and state:
+        state[""] = read_tensor(spec)
+        quantized = Nf4Tensor.from_state(state, name)
+        _check_shape(name, quantized.shape, module.weight, spec.path)
+        replace_module(model, module_name, Nf4Linear(_moved(quantized, device), module.bias))
+        return
+    current = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
+    _check_shape(name, spec.shape, current, spec.path)
+    tensor = read_tensor(spec).to(device)
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if is_weight and options is not None and module is not head and not options.skips(module_name):
+        assert isinstance(module, nn.Linear)
+        replace_module(model, module_name, Nf4Linear(_quantize(tensor, options, name), module.bias))
+    elif leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _quantize(tensor: Tensor, options: Nf4Options, name: str) -> Nf4Tensor:
+    try:
+        return quantize_weight(tensor, options)
+    except ModelError as error:
+        raise ModelError(error.code, f"{name} holds NaN or infinity", why=error.why, fix=error.fix) from error
+
+
+def _moved(quantized: Nf4Tensor, device: torch.device) -> Nf4Tensor:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return tensor.to(device) if tensor is not None else None
+
+    return Nf4Tensor(
+        quantized.codes.to(device),
+        quantized.absmax.to(device),
+        move(quantized.nested_absmax),
+        move(quantized.nested_offset),
+        quantized.shape,
+        quantized.dtype,
+        quantized.block_size,
+    )
+
+
+def _check_shape(name: str, stored: tuple[int, ...], current: Tensor, path: Path) -> None:
+    if tuple(stored) != tuple(current.shape):
+        raise _mismatch(path.parent, f"{name} is {list(stored)} in {path.name}, {list(current.shape)} by config.json")
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _in_file_order(specs: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
+    return sorted(specs.items(), key=lambda item: (item[1].path, item[1].offset))
+
+
+def _load_then_quantize(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Nf4Options,
+    build: Mapping[str, Any],
+    notes: list[str],
+) -> PreTrainedModel:
+    notes.append(
+        "its checkpoint does not name tensors as transformers' modules do: loaded whole, then quantised, "
+        "so that loading took the memory of the dense model"
+    )
+    model = _load_dense(folder, config, dtype, torch.device("cpu"), build)
+    head = model.get_output_embeddings()
+    quantize_linears(model, options, exclude=[head] if head is not None else [])
+    model.to(device)
+    return model
+
+
+# Saving in 4 bits
+# ------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(model: nn.Module, directory: Path | str, *, compute_dtype: torch.dtype | None = None) -> Path:
+    """Writes an NF4 model in bitsandbytes' 4-bit layout, which transformers + bitsandbytes load; returns the folder.
+
+    An adapter on `model` is not written. Raises ModelError when no layer is in NF4.
+    """
+    base = base_model_of(model)
+    layers = [layer for _, layer in linear_layers(base) if isinstance(layer, Nf4Linear)]
+    if not layers:
+        raise ModelError(
+            "quantization-unsupported",
+            "the model has no NF4 layers to save",
+            fix="load it with quantization.method: nf4",
+        )
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in base.state_dict().items()
+        if name not in tied and ".lora_" not in name
+    }
+    planned = [
+        PlannedTensor(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in state.items()
+    ]
+    write_sharded(folder, planned, max_shard_bytes=_MAX_SHARD_BYTES)
+    config = base.config.to_diff_dict()
+    config.pop("_name_or_path", None)
+    config["architectures"] = [type(base).__name__]
+    config["quantization_config"] = _bitsandbytes_config(base, layers[0], compute_dtype or base.dtype)
+    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(folder)
+    return folder
+
+
+def _bitsandbytes_config(base: PreTrainedModel, layer: Nf4Linear, compute_dtype: torch.dtype) -> dict[str, Any]:
+    dense = [
+        name.replace(".base_layer", "") for name, linear in linear_layers(base) if not isinstance(linear, Nf4Linear)
+    ]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": layer.quantized.is_double_quantized,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense or None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+# Describing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """JSON-ready: parameters (4-bit weights counted as the numbers they stand for), trainable, bytes by format and in
+    all."""
+    base = base_model_of(model)
+    quantized = [layer for _, layer in linear_layers(base) if isinstance(layer, Nf4Linear)]
+    codes = {id(layer.weight) for layer in quantized}
+    adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    adapter_ids = {id(parameter) for parameter in adapter}
+    dense = [p for p in base.parameters() if id(p) not in codes and id(p) not in adapter_ids]
+    num_bytes: dict[str, int] = {}
+    for parameter in dense:
+        key = str(parameter.dtype).removeprefix("torch.")
+        num_bytes[key] = num_bytes.get(key, 0) + parameter.nbytes
+    if quantized:
+        num_bytes["nf4"] = sum(layer.quantized.num_bytes for layer in quantized)
+    if adapter:
+        num_bytes["adapter"] = sum(parameter.nbytes for parameter in adapter)
+    expanded = sum(layer.out_features * layer.in_features for layer in quantized)
+    return {
+        "architecture": type(base).__name__,
+        "num_parameters": sum(p.numel() for p in dense) + expanded,
+        "num_adapter_parameters": sum(p.numel() for p in adapter),
+        "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "num_bytes": num_bytes,
+        "total_bytes": sum(num_bytes.values()),
+    }

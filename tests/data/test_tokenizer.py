@@ -1,0 +1,74 @@
+"""Loading a tokenizer: what can go wrong says how to mend it, and what it is has a fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tests.data.tiny_tokenizers import GEMMA, THINKING, build_hf, build_tokenizer
+
+from affina.data.tokenizer import describe_tokenizer, load_tokenizer
+from affina.errors import ModelError
+
+
+@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/folder"])
+def test_a_folder_that_does_not_exist_is_named(path: str) -> None:
+    with pytest.raises(ModelError, match="is not a directory") as caught:
+        load_tokenizer(path)
+    assert caught.value.code == "tokenizer-not-found"
+    assert "model.path" in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no tokenizer could be loaded") as caught:
+        load_tokenizer(str(tmp_path), local=True)
+    assert caught.value.code == "tokenizer-not-found"
+    assert "tokenizer.json" in str(caught.value)
+
+
+def test_a_saved_tokenizer_loads_with_the_same_fingerprint(tmp_path: Path) -> None:
+    hf = build_hf(THINKING)
+    hf.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), local=True)
+    assert loaded.fingerprint == describe_tokenizer(hf, name="x").fingerprint
+    assert loaded.end_of_turn == ("<|im_end|>",)
+    assert loaded.has_template
+
+
+def test_the_fingerprint_sees_the_template_and_the_vocabulary() -> None:
+    fingerprints = {
+        describe_tokenizer(build_hf(THINKING), name="a").fingerprint,
+        describe_tokenizer(build_hf(GEMMA), name="a").fingerprint,
+        build_tokenizer(None).fingerprint,
+    }
+    assert len(fingerprints) == 3
+    grown = build_hf(THINKING)
+    grown.add_tokens(["extra"])
+    assert describe_tokenizer(grown, name="a").fingerprint not in fingerprints
+
+
+def test_a_slow_tokenizer_is_refused_with_the_reason() -> None:
+    with pytest.raises(ModelError, match="not a fast one") as caught:
+        describe_tokenizer(SimpleNamespace(is_fast=False), name="old")
+    assert caught.value.code == "tokenizer-not-fast"
+    assert "save_pretrained" in str(caught.value)
+
+
+def test_a_tokenizer_without_any_end_is_refused() -> None:
+    with pytest.raises(ModelError, match="neither a chat template nor an end-of-sequence token") as caught:
+        describe_tokenizer(build_hf(None, eos_token=None), name="endless")
+    assert caught.value.code == "tokenizer-without-end"
+
+
+def test_without_a_template_the_end_of_sequence_ends_texts() -> None:
+    tokenizer = build_tokenizer(None)
+    assert tokenizer.end_of_turn == ("<eos>",)
+    assert not tokenizer.has_template
+    assert tokenizer.special_tokens()["end_of_turn"] == [[tokenizer.eos_id], ["<eos>"]]
+
+
+def test_a_real_llama_tokenizer_without_template_is_described(real_data_folder) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = load_tokenizer(str(real_data_folder("stories260k_hf")), local=True)
+    assert tokenizer.end_of_turn == ("</s>",)
+    assert tokenizer.pad_id not in tokenizer.end_of_turn_ids

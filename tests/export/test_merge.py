@@ -1,0 +1,204 @@
+"""A merged model answers as base and adapter do, or there is no merged model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from affina.errors import ExportError, ModelError
+from affina.export import merge as merge_module
+from affina.export.merge import merge
+from affina.models.adapters import attach_adapter, save_adapter
+from affina.models.load import load_causal_lm, save_quantized
+from affina.models.safetensors_file import read_header
+from affina.models.weights import Nf4Options
+from tests.models.tiny import VOCABULARY, qwen3_config, random_model, randomize_adapter, save
+
+IDS = torch.arange(20).unsqueeze(0) * 5 % VOCABULARY
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save(random_model(qwen3_config(tie_word_embeddings=request.param)), folder, max_shard_size="80KB")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def make_adapter(base, folder, *, method="lora", scale=0.05, weight_format=None):
+    model = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=weight_format)
+    adapted = attach_adapter(model, method=method, rank=4, alpha=16)
+    randomize_adapter(adapted, scale=scale)
+    return save_adapter(adapted, folder, contract={"fingerprint": "abc"}), logits(adapted)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return make_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 0.03), ("float16", 0.004)])
+def test_the_merged_model_has_the_adapters_logits(base, adapter, tmp_path, dtype, tolerance):
+    directory, expected = adapter
+    report = merge(str(base), directory, tmp_path / "merged", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    # One rounding per weight (2^-24, 2^-9, 2^-11 of it), then two layers of sums.
+    assert (logits(model) - expected).square().mean().sqrt() < tolerance * expected.std()
+    assert report.merge_error < tolerance < report.adapter_effect
+    assert report.num_merged == 14
+    assert report.quantized_difference is None
+    assert json.loads(json.dumps(report.to_dict()))["dtype"] == dtype
+
+
+def test_rslora_is_merged_with_its_own_scale(base, tmp_path):
+    directory, expected = make_adapter(base, tmp_path / "adapter", method="rslora")
+    merge(str(base), directory, tmp_path / "merged", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_result_is_complete(base, adapter, tmp_path):
+    output = tmp_path / "merged"
+    merge(str(base), adapter[0], output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert (output / "LICENSE").read_text() == "Apache-2.0"
+    assert (output / "chat_template.jinja").is_file()
+    assert (output / "generation_config.json").is_file()
+    provenance = json.loads((output / "affina.json").read_text())
+    assert provenance["contract"] == {"fingerprint": "abc"}
+    assert provenance["base"]["path"] == str(base)
+    specs = read_header(output / "model.safetensors")
+    assert {spec.dtype for spec in specs.values()} == {torch.bfloat16}
+    assert load_file(output / "model.safetensors").keys() == specs.keys()
+
+
+def test_large_results_are_sharded(base, adapter, tmp_path):
+    report = merge(str(base), adapter[0], tmp_path / "merged", dtype="float32", max_shard_bytes=100_000)
+    assert len(report.files) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), adapter[1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_trained_in_four_bits_is_merged_into_the_dense_base(base, tmp_path):
+    directory, _ = make_adapter(base, tmp_path / "adapter", weight_format=Nf4Options())
+    report = merge(str(base), directory, tmp_path / "merged", dtype="float32", trained_weight_format=Nf4Options())
+    assert report.merge_error < 1e-5
+    assert 0.001 < report.quantized_difference < 0.5
+    assert "trained against the 4-bit base" in report.notes[-1]
+    assert all(spec.dtype == torch.float32 for spec in read_header(tmp_path / "merged/model.safetensors").values())
+
+
+def test_a_base_that_exists_only_in_four_bits_is_expanded(base, adapter, tmp_path):
+    quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=Nf4Options())
+    save_quantized(quantized, tmp_path / "base4")
+    report = merge(str(tmp_path / "base4"), adapter[0], tmp_path / "merged", dtype="float32")
+    assert "stored in 4-bit" in report.notes[0]
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    assert report.merge_error < 1e-5
+
+
+def test_checkpoints_with_other_names_and_transposed_weights_are_merged(tmp_path):
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+    model = random_model(config)
+    for name, part in (("full", model), ("bare", model.transformer)):
+        folder = save(part, tmp_path / name)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"architectures": ["GPT2LMHeadModel"]}))
+        directory, expected = make_adapter(folder, tmp_path / f"adapter-{name}")
+        report = merge(str(folder), directory, tmp_path / f"merged-{name}", dtype="float32")
+        assert any("in memory" in note for note in report.notes) == (name == "bare")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{name}", dtype=torch.float32)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+# Failing loudly
+# --------------------------------------------------------------------------------------------------------
+
+
+def assert_nothing_was_left(folder):
+    assert not (folder / "merged").exists()
+    assert [path.name for path in folder.iterdir() if "merged" in path.name] == []
+
+
+def refusal(base, adapter, folder, **options):
+    with pytest.raises(ExportError) as caught:
+        merge(str(base), adapter, folder / "merged", **options)
+    return caught.value
+
+
+def test_an_adapter_without_effect_is_refused(base, tmp_path):
+    directory, _ = make_adapter(base, tmp_path / "adapter", scale=0.0)
+    error = refusal(base, directory, tmp_path)
+    assert error.code == "merge-vanished"
+    assert "changes nothing" in error.what
+    assert_nothing_was_left(tmp_path)
+
+
+def test_an_effect_below_rounding_is_refused(base, tmp_path):
+    directory, _ = make_adapter(base, tmp_path / "adapter", scale=1e-6)
+    error = refusal(base, directory, tmp_path)
+    assert error.code == "merge-vanished"
+    assert "float32" in error.fix
+    assert_nothing_was_left(tmp_path)
+    assert merge(str(base), directory, tmp_path / "exact", dtype="float32").merge_error < 1e-5
+
+
+def test_a_merge_that_forgets_the_adapter_is_found(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module._Merger, "merged", lambda self, layer, weight: weight.to(self.dtype))
+    assert refusal(base, adapter[0], tmp_path).code == "merge-vanished"
+    assert_nothing_was_left(tmp_path)
+
+
+def test_a_merge_with_another_scale_is_found(base, adapter, tmp_path, monkeypatch):
+    original = merge_module._Merger.merged
+    monkeypatch.setattr(
+        merge_module._Merger,
+        "merged",
+        lambda self, layer, weight: original(self, layer, weight) + 0.1 * (original(self, layer, weight) - weight),
+    )
+    assert refusal(base, adapter[0], tmp_path, dtype="float32").code == "merge-unverified"
+    assert_nothing_was_left(tmp_path)
+
+
+def test_an_existing_directory_is_never_overwritten(base, adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "precious.txt").write_text("x")
+    error = refusal(base, adapter[0], tmp_path)
+    assert error.code == "output-exists"
+    assert (tmp_path / "merged" / "precious.txt").read_text() == "x"
+
+
+def test_an_empty_directory_may_be_filled(base, adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    merge(str(base), adapter[0], tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_too_small_is_found_first(base, adapter, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    error = refusal(base, adapter[0], tmp_path)
+    assert error.code == "disk-full"
+    assert_nothing_was_left(tmp_path)
+
+
+def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
+    other = save(random_model(qwen3_config(), seed=5), tmp_path / "other")
+    with pytest.raises(ModelError, match="adapter-base-mismatch"):
+        merge(str(other), adapter[0], tmp_path / "merged")
+    assert_nothing_was_left(tmp_path)
+
+
+def test_an_unknown_type_is_refused(base, adapter, tmp_path):
+    assert refusal(base, adapter[0], tmp_path, dtype="int8").code == "dtype-unknown"

@@ -1,0 +1,161 @@
+"""Our 4-bit codec writes and reads bitsandbytes' bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from affina.errors import ModelError
+from affina.kernels import nf4
+
+SHAPES = [(64, 64), (1, 1), (3, 5), (7, 65), (129, 127), (256, 64 * 17), (640, 512)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def bnb():
+    """bitsandbytes' functions; it is the oracle here, and nothing in affina needs it."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, the oracle of this format, is not installed")
+    import bitsandbytes.functional as functional
+
+    return functional
+
+
+def weight_of(shape, dtype=torch.float32, seed=0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def test_the_codebook_is_that_of_the_normal_quantiles():
+    # 3e-7: the published table was rounded through float32 quantiles.
+    torch.testing.assert_close(nf4.normal_float_codebook(), torch.tensor(nf4.CODEBOOK), rtol=0, atol=3e-7)
+
+
+def test_tables_equal_those_of_bitsandbytes(bnb):
+    assert torch.equal(nf4.codebook(torch.device("cpu")), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(nf4.dynamic_map(torch.device("cpu")), bnb.create_dynamic_map())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_byte_equals_that_of_bitsandbytes(bnb, shape, double, dtype):
+    weight = weight_of(shape, dtype)
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
+    ours = nf4.quantize(weight, double_quantization=double).to_state()
+    theirs = {"": codes} | state.as_dict(packed=True)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_scales_of_many_groups_are_stored_as_bitsandbytes_stores_them(bnb):
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.rand(256 * 400 + 77, generator=generator) ** 4
+    indices, groups, offset = nf4.quantize_scales(scales)
+    expected, state = bnb.quantize_blockwise(scales - scales.mean(), blocksize=256)
+    assert torch.equal(indices, expected)
+    assert torch.equal(groups, state.absmax)
+    assert offset == scales.mean()
+
+
+@pytest.mark.parametrize("scales", [torch.full((300,), 0.5), torch.zeros(70)], ids=["equal", "zero"])
+def test_scales_without_spread_survive(bnb, scales):
+    indices, groups, offset = nf4.quantize_scales(scales)
+    expected, _ = bnb.quantize_blockwise(scales - scales.mean(), blocksize=256)
+    assert torch.equal(indices, expected)
+    assert torch.equal(nf4.dequantize_scales(indices, groups, offset), scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (640, 512), (129, 126)], ids=str)
+def test_dequantised_weights_equal_those_of_bitsandbytes(bnb, shape, dtype):
+    weight = weight_of(shape, dtype)
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    expected = bnb.dequantize_4bit(codes, state)
+    assert torch.equal(nf4.quantize(weight).dequantize(), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 200), double=st.booleans(), search=st.booleans())
+def test_saving_and_loading_is_the_identity(rows, columns, double, search):
+    tensor = nf4.quantize(weight_of((rows, columns)), double_quantization=double, scale_search=search)
+    loaded = nf4.Nf4Tensor.from_state(tensor.to_state())
+    assert loaded.shape == (rows, columns)
+    assert torch.equal(loaded.dequantize(), tensor.dequantize())
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 200))
+def test_the_error_of_a_weight_is_at_most_half_the_widest_step(rows, columns):
+    weight = weight_of((rows, columns))
+    tensor = nf4.quantize(weight, double_quantization=False)
+    blocks = tensor.scales().repeat_interleave(64)[: weight.numel()].view_as(weight)
+    widest = max(b - a for a, b in zip(nf4.CODEBOOK, nf4.CODEBOOK[1:], strict=False)) / 2
+    assert bool(((tensor.dequantize() - weight).abs() <= widest * blocks * (1 + 1e-5)).all())
+
+
+def test_error_and_size_on_normal_weights_are_the_published_ones():
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    tensor = nf4.quantize(weight)
+    error = (tensor.dequantize() - weight).square().mean().sqrt()
+    assert abs(error - 0.0920) < 3e-4  # 16,384 blocks: the mean square error is known to 0.3%
+    assert abs(tensor.num_bytes * 8 / weight.numel() - 4.127) < 1e-3
+
+
+def test_scale_search_lowers_the_error_in_the_same_format(bnb):
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    tensor = nf4.quantize(weight, scale_search=True)
+    error = (tensor.dequantize() - weight).square().mean().sqrt()
+    assert error < 0.0861  # against 0.0920 without
+    state = tensor.to_state()
+    read = bnb.QuantState.from_dict({k: v for k, v in state.items() if k}, device=torch.device("cpu"))
+    assert torch.equal(bnb.dequantize_4bit(tensor.codes, read), tensor.dequantize())
+
+
+def test_the_state_says_what_the_weight_was():
+    state = nf4.quantize(weight_of((8, 64), torch.bfloat16)).to_state()
+    fields = json.loads(bytes(state[nf4.STATE_KEY].tolist()))
+    assert list(fields) == [
+        "quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset",
+    ]  # fmt: skip
+    assert (fields["dtype"], fields["shape"]) == ("bfloat16", [8, 64])
+
+
+def test_codes_stored_under_another_type_are_read():
+    tensor = nf4.quantize(weight_of((8, 64)))
+    state = tensor.to_state()
+    state[""] = state[""].reshape(-1).view(torch.bfloat16).unsqueeze(1)
+    assert torch.equal(nf4.Nf4Tensor.from_state(state).dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad):
+    weight = weight_of((8, 64))
+    weight[3, 5] = bad
+    with pytest.raises(ModelError, match="weights-not-finite") as caught:
+        nf4.quantize(weight)
+    assert "NaN or infinity" in caught.value.what
+
+
+def test_a_missing_state_is_refused():
+    with pytest.raises(ModelError, match=r"bitsandbytes 0\.43 or later"):
+        nf4.Nf4Tensor.from_state({"": torch.zeros(4, 1, dtype=torch.uint8)}, "x.weight")
+
+
+def test_another_table_is_refused():
+    state = nf4.quantize(weight_of((8, 64))).to_state()
+    state["quant_map"] = state["quant_map"].flip(0)
+    with pytest.raises(ModelError, match="uses its own quant_map"):
+        nf4.Nf4Tensor.from_state(state, "x.weight")
+
+
+def test_tensors_of_the_wrong_size_are_refused():
+    state = nf4.quantize(weight_of((8, 64))).to_state()
+    state["absmax"] = state["absmax"][:-1]
+    with pytest.raises(ModelError, match="the checkpoint is damaged"):
+        nf4.Nf4Tensor.from_state(state, "x.weight")
