@@ -384,11 +384,35 @@ def test_no_validation_question_customer_or_order_is_in_train() -> None:
             assert not known & {fields["customer"], fields["order"]}
 
 
-def test_validation_phrasings_are_none_of_the_training_phrasings(tools: Any) -> None:
-    for question in tools["support"].QUESTIONS:
+def test_a_validation_question_recombines_a_known_frame_and_a_known_clause(tools: Any) -> None:
+    frames, questions = tools["support"].FRAMES, tools["support"].QUESTIONS
+    train = {messages[0]["content"] for messages in records("train")}
+    held_out = {messages[0]["content"] for messages in records("validation")}
+    for question in questions:
         for language in ("en", "it"):
-            train = {phrasing.casefold() for phrasing in question.phrasings[language]}
-            assert question.held_out[language].casefold() not in train
+            pairs = {
+                frame.format(clause=clause): (frame, clause)
+                for frame in frames[language]
+                for clause in question.clauses[language]
+            }
+            (wording,) = held_out & set(pairs)
+            frame, clause = pairs[wording]
+            assert wording not in train
+            assert any(text in train for text, pair in pairs.items() if pair[1] == clause)
+            assert any(frame.format(clause=other.clauses[language][0]) in train for other in questions)
+
+
+def test_a_validation_problem_recombines_a_known_beginning_and_a_known_end(tools: Any) -> None:
+    import support_requests
+
+    for category, languages in support_requests.PROBLEMS.items():
+        for language, (beginnings, ends) in languages.items():
+            train = support_requests.problem_phrases(category, language, held_out=False)
+            validation = support_requests.problem_phrases(category, language, held_out=True)
+            assert not set(train) & set(validation)
+            assert len(validation) == len(beginnings)
+            for part in (*beginnings, *ends):
+                assert any(part in phrase for phrase in train)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -56,7 +56,13 @@ def question_wordings(rng: random.Random, question: Question, language: str) -> 
     The clause of the validation wording is in training in other frames, its frame in training with other clauses.
     """
     frames, clauses = FRAMES[language], question.clauses[language]
-    pairs = [(frame, clause) for clause in clauses for frame in frames]
+    direct = {wording.casefold() for wording in question.direct[language]}
+    pairs = [
+        (frame, clause)
+        for clause in clauses
+        for frame in frames
+        if frame.format(clause=clause).casefold() not in direct
+    ]
     held_out = rng.choice(pairs)
     chosen = []
     for clause in clauses:

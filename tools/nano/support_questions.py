@@ -714,7 +714,7 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     _question(
         (
-            "Use --set, for example --set training.learning_rate=1e-4.",
+            "Use --set: it overrides a value of the file for one run.",
             "How can I change the learning rate for one run?",
             "How do I change the learning rate?",
             "Can I override a value on the command line?",
@@ -728,7 +728,7 @@ QUESTIONS: tuple[Question, ...] = (
             "how I set another learning rate",
         ),
         (
-            "Usa --set, per esempio --set training.learning_rate=1e-4.",
+            "Usa --set: cambia un valore del file per una sola esecuzione.",
             "Come posso cambiare il learning rate per una sola esecuzione?",
             "Come cambio il learning rate?",
             "Posso cambiare un valore dalla riga di comando?",

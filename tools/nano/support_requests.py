@@ -6,6 +6,14 @@ import random
 
 from words import FIRST_NAMES, LAST_NAMES
 
+# Names that are another name and a few letters more (Sara, Sarah) are left out: two customers must not look alike.
+_ALL_FIRST_NAMES = FIRST_NAMES["en"] + FIRST_NAMES["it"]
+CUSTOMER_NAMES = {
+    language: [
+        name for name in names if not any(name != other and name.startswith(other) for other in _ALL_FIRST_NAMES)
+    ]
+    for language, names in FIRST_NAMES.items()
+}
 CATEGORIES = ("damaged", "delivery", "invoice", "refund", "wrong-item")
 URGENCIES = ("low", "normal", "high")
 
@@ -222,7 +230,7 @@ def new_request(
     problem = rng.choice(problem_phrases(category, language, held_out=held_out))
     urgency = rng.choice(URGENCIES)
     fields = {
-        "customer": f"{rng.choice(FIRST_NAMES[language])} {rng.choice(LAST_NAMES[language])}",
+        "customer": f"{rng.choice(CUSTOMER_NAMES[language])} {rng.choice(LAST_NAMES[language])}",
         "order": f"AF-{rng.randrange(10_000, 100_000)}",
         "product": product,
         "category": category,

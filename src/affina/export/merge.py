@@ -43,8 +43,18 @@ from affina.runs.atomic import new_directory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROVENANCE_FILE = "affina.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", PROVENANCE_FILE, "adapter_config.json"}
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 _MAX_SHARD_BYTES = 4 * 1000**3
 _FLOAT32_PROOF_BYTES = 6 * 2**30
 
@@ -336,7 +346,7 @@ def _copy_companions(source: Path, folder: Path, *, with_code: bool) -> None:
     """Tokenizer, template, generation settings, licence: all that is small and not weights."""
     patterns = (*_COPIED, "*.py") if with_code else _COPIED
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-        if path.name not in _NOT_COPIED and not (folder / path.name).exists():
+        if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 

@@ -212,6 +212,13 @@ def _check_shapes(model: nn.Module, info: AdapterInfo) -> None:
 
 def _base_mismatch(info: AdapterInfo, found: Mapping[str, Any], why: str) -> ModelError:
     trained_on = (info.base or {}).get("path") or info.config.get("base_model_name_or_path") or "an unnamed base"
+    if trained_on == found["path"]:
+        return ModelError(
+            "adapter-base-mismatch",
+            f"the adapter in {info.directory} was trained on another version of {trained_on}",
+            why=why,
+            fix="load it on the version it was trained on (model.revision), or train again",
+        )
     return ModelError(
         "adapter-base-mismatch",
         f"the adapter in {info.directory} was trained on {trained_on}, not on {found['path'] or 'this model'}",
