@@ -67,6 +67,7 @@ def run(name: str, preset: str, model: Path, data: Path, root: Path, **changes: 
         f"model.path={model}",
         f"data.train=[{{path: {data}}}]",
         "evaluation.enabled=false",
+        "data.validation_fraction=0.0",
         f"output.directory={root / 'runs'}",
         f"output.name={name}",
         f"data.cache_directory={root / 'cache'}",
@@ -95,7 +96,12 @@ def run(name: str, preset: str, model: Path, data: Path, root: Path, **changes: 
 
 def check_resume(model: Path, data: Path, root: Path) -> dict[str, Any]:
     """Train ten steps, train them again from the checkpoint at step five, compare every bit."""
-    common = {"training.max_steps": 10, "training.save_every_steps": 5, "adapter.dropout": 0.05}
+    common = {
+        "training.max_steps": 10,
+        "training.save_every_steps": 5,
+        "data.max_length": 1024,
+        "adapter.dropout": 0.05,
+    }
     whole = run("whole", "production", model, data, root, **common)
     part = run("part", "production", model, data, root, **common)
     shutil.rmtree(Path(part["run"]) / "adapter")

@@ -70,11 +70,11 @@ def sft_losses(
         num_trained = sum(int((samples[i][1] != -100).sum()) for i in chosen)
         step_loss = 0.0
         for i in chosen:
-            ids, labels = samples[i]
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            input_ids, targets = samples[i]
+            logits = model(input_ids=input_ids, use_cache=False).logits[0]
             # Position t predicts token t + 1.
-            loss = cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / num_trained
-            loss.backward()
+            loss = cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum") / num_trained
+            loss.backward()  # type: ignore[no-untyped-call]
             step_loss += loss.item()
 
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

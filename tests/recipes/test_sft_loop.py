@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from recipes.sft_loop import sft_losses
 
 import affina
 from affina.runs.directory import RunDirectory
-from recipes.sft_loop import sft_losses
 
 NUM_STEPS = 14
 

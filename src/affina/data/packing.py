@@ -8,8 +8,8 @@ O(N log N + N log C). Best-fit decreasing never needs more than 11/9 of the opti
 It has one vice: a row is filled with samples of about one length, and length goes with kind (a JSON object, a
 chatty answer), so a step of few rows would see one kind only. Measured on the built-in data, rows of 2,048 tokens:
 the loss of neighbouring steps jumped between 0.1 and 4.5. So most samples are dealt to rows at random, and best-fit
-decreasing finishes what is left. At most one row in a thousand may be lost to that; where long samples leave no freedom,
-fewer are dealt, and at last the result of best-fit decreasing itself is kept.
+decreasing finishes what is left. At most one row in a thousand may be lost to that; where long samples leave no
+freedom, fewer are dealt, and at last the result of best-fit decreasing itself is kept.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ class RunData:
         return self.template.contract(enable_thinking=self.enable_thinking)
 
 
-def open_run_data(
-    config: RunConfig, tokenizer: LoadedTokenizer, *, progress: Progress | None = None
-) -> RunData:
+def open_run_data(config: RunConfig, tokenizer: LoadedTokenizer, *, progress: Progress | None = None) -> RunData:
     """The data of a config: prepared (or found in the cache), or opened as a stream with its validation set read."""
     if config.data.streaming:
         return _stream(config, tokenizer)

@@ -14,19 +14,28 @@ from affina.training.schedule import Schedule
 from affina.training.trackers import build_tracker
 
 VALIDATIONS_PER_RUN = 10
+MAX_VALIDATION_SHARE = 0.15
 WARMUP_SHARE = 0.03
 
 
-def build_settings(config: TrainingConfig, *, num_steps: int, has_validation: bool) -> LoopSettings:
-    """The loop's settings; intervals that the user left open become about ten per run."""
-    tenth = max(1, math.ceil(num_steps / VALIDATIONS_PER_RUN))
-    evaluate_every = config.evaluate_every_steps or tenth
+def build_settings(
+    config: TrainingConfig, *, num_steps: int, tokens_per_step: float, validation_tokens: int
+) -> LoopSettings:
+    """The loop's settings; intervals that the user left open become about ten per run.
+
+    Fewer where the validation set is large beside a step: a forward pass is about a third of a training step, and
+    validating shall not take more than 15% of the time. validation_tokens 0: there is no validation set.
+    """
+    has_validation = validation_tokens > 0
+    tenth = math.ceil(num_steps / VALIDATIONS_PER_RUN)
+    affordable = math.ceil(validation_tokens / 3 / (MAX_VALIDATION_SHARE * tokens_per_step))
+    evaluate_every = config.evaluate_every_steps or max(1, tenth, affordable)
     return LoopSettings(
         num_steps=num_steps,
         max_grad_norm=config.max_grad_norm,
         log_every_steps=config.log_every_steps,
         evaluate_every_steps=evaluate_every if has_validation else None,
-        save_every_steps=config.save_every_steps or evaluate_every,
+        save_every_steps=config.save_every_steps or config.evaluate_every_steps or max(1, tenth),
         save_best=config.keep_best and has_validation,
         early_stopping_patience=config.early_stopping_patience if has_validation else None,
         max_skipped_steps=config.max_skipped_steps,

@@ -99,8 +99,11 @@ def run_training(
         state = _restore(checkpoint, model, optimizer, run)
 
     source, num_steps, num_samples = _build_source(config, data, tokenizer, device, state)
-    has_validation = len(data.validation) > 0
-    settings = build_settings(config.training, num_steps=num_steps, has_validation=has_validation)
+    validation_tokens = int(data.validation.lengths.sum())
+    tokens_per_step = _tokens_per_step(config, data)
+    settings = build_settings(
+        config.training, num_steps=num_steps, tokens_per_step=tokens_per_step, validation_tokens=validation_tokens
+    )
     observers = Observers(
         [
             RunFiles(run),
@@ -132,7 +135,7 @@ def run_training(
             num_steps=num_steps,
             first_step=state.step,
             num_samples=num_samples,
-            tokens_per_step=_tokens_per_step(config, data),
+            tokens_per_step=tokens_per_step,
             notes=loaded.notes,
         )
     )
@@ -151,7 +154,7 @@ def run_training(
                 settings=settings,
                 state=state,
                 loss_scale=loss_scale,
-                validate=_build_validator(config, data.validation, tokenizer, loaded) if has_validation else None,
+                validate=_build_validator(config, data.validation, tokenizer, loaded) if validation_tokens else None,
                 save=writer,
                 observers=observers,
                 stop_requested=lambda: bool(stop),
@@ -297,6 +300,7 @@ def _build_validator(
     config: RunConfig, store: SampleStore, tokenizer: LoadedTokenizer, loaded: LoadedModel
 ) -> Callable[[], float]:
     """Mean loss over the supervised tokens of the validation set, in the training's own precision."""
+
     @torch.no_grad()
     def validate() -> float:
         total, count = 0.0, 0
