@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,12 @@ def run_affina(directory: Path) -> dict[str, Any]:
 def run_trainer(directory: Path) -> dict[str, Any]:
     """The same job through transformers' Trainer and PEFT on bitsandbytes' 4-bit layers."""
     import torch
-    from affina.catalog.embedded import embedded_model_path
     from peft import LoraConfig, get_peft_model
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
     import affina
+    from affina.catalog.embedded import embedded_model_path
     from affina.training.build import build_schedule
     from affina.training.run import build_plan
 
@@ -61,9 +62,21 @@ def run_trainer(directory: Path) -> dict[str, Any]:
     data = affina.prepare(preset="laptop", overrides=OVERRIDES)
     plan = build_plan(config, data.train)
     micro_batches = [row for step in range(plan.num_steps) for row in plan.step(step)]
-    assert all(len(plan.step(step)) == len(plan.step(0)) for step in range(plan.num_steps)), (
-        "the Trainer counts accumulation in fixed numbers; choose epochs so that no step is cut short"
-    )
+
+    class SameRows:
+        """The rows of each epoch in affina's order; the Trainer iterates once per epoch."""
+
+        epoch = 0
+
+        def __len__(self) -> int:
+            return plan.micro_batches_per_epoch
+
+        def __iter__(self) -> Iterator[list[int]]:
+            first = self.epoch * plan.steps_per_epoch
+            self.epoch += 1
+            for step in range(first, first + plan.steps_per_epoch):
+                yield from plan.step(step)
+
     path = str(embedded_model_path("affina/nano"))
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -100,7 +113,7 @@ def run_trainer(directory: Path) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step) / config.training.learning_rate
     )
-    pad = data.contract.get("pad_token_id", 0) or 0
+    pad = data.template.tokenizer.pad_id
 
     def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
         width = max(len(sample) for sample in samples)
@@ -114,11 +127,11 @@ def run_trainer(directory: Path) -> dict[str, Any]:
 
     class SameBatches(Trainer):
         def get_train_dataloader(self) -> DataLoader:
-            return DataLoader(data.train, batch_sampler=micro_batches, collate_fn=collate)
+            return DataLoader(data.train, batch_sampler=SameRows(), collate_fn=collate)
 
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
-        max_steps=plan.num_steps,
+        num_train_epochs=config.training.epochs,
         gradient_accumulation_steps=len(plan.step(0)),
         max_grad_norm=config.training.max_grad_norm,
         logging_steps=1,

@@ -98,6 +98,7 @@ def check_resume(model: Path, data: Path, root: Path) -> dict[str, Any]:
     """Train ten steps, train them again from the checkpoint at step five, compare every bit."""
     common = {
         "training.max_steps": 10,
+        "training.warmup_steps": 2,
         "training.save_every_steps": 5,
         "data.max_length": 1024,
         "adapter.dropout": 0.05,
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "qwen3_4b.json")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--only-checks", action="store_true", help="keep the runs of an earlier record")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -131,17 +133,21 @@ def main() -> None:
             "num_layers": arguments.layers,
             "runs": [],
         }
+        if arguments.only_checks:
+            record = json.loads(arguments.output.read_text())
         for name, preset in (("starter", "starter"), ("production", "production"), ("premium", "premium")):
+            if arguments.only_checks:
+                break
             record["runs"].append(run(name, preset, root / "model", arguments.data, root, **steps))
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(record, indent=2) + "\n")
         record["resume"] = check_resume(root / "model", arguments.data, root)
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
         started = time.perf_counter()
-        record["merge"] = affina.merge(record["runs"][1]["run"], root / "merged").to_dict()
+        record["merge"] = affina.merge(root / "runs" / "whole", root / "merged").to_dict()
         record["merge"]["seconds"] = time.perf_counter() - started
         for entry in record["runs"]:
-            del entry["run"]
+            entry.pop("run", None)
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -107,7 +107,7 @@ def test_a_stream_without_validation_holds_nothing_out() -> None:
 
 
 def test_steps_that_depend_on_the_data_stay_open_and_say_so() -> None:
-    resolved = load_config()
+    resolved = load_mapping({})
     assert resolved.config.training.evaluate_every_steps is None
     assert resolved.origins["training.evaluate_every_steps"].reason == "about 10 times per run"
     assert resolved.origins["training.warmup_steps"].reason == "3% of the steps, at least 1"

@@ -242,3 +242,9 @@ def test_a_revision_of_a_local_directory_has_no_effect(folder: Path) -> None:
     (folder / "m").mkdir()
     (note,) = notes({"model": {"path": "m", "revision": "main"}, "data": "owner/a"})
     assert note[1:] == ("model.revision has no effect", f"{folder / 'm'} is a directory")
+
+
+def test_a_preset_s_warm_up_does_not_forbid_a_short_run_but_is_said() -> None:
+    resolved = load_mapping({"extends": "laptop", "training": {"max_steps": 2}})
+    assert [note.path for note in resolved.warnings] == ["training.warmup_steps"]
+    assert "the learning rate does not reach its peak" in resolved.warnings[0].render()

@@ -38,6 +38,9 @@ def test_python_blocks_run(code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_blocks_are_valid_configs(text: str, tmp_path: Path) -> None:
+    for name in re.findall(r"[\w./-]+\.jsonl", text):  # the data of an example stands beside it
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     file = tmp_path / "run.yaml"
     file.write_text(text)
     load_config(file)

@@ -139,6 +139,13 @@ def _steps(settings: Settings) -> Iterator[Note]:
         if training.max_steps is not None and every is not None and every > training.max_steps:
             why = f"the run ends at step {training.max_steps}; its only {what} is at the end"
             yield from _no_effect(settings, f"training.{name}", why)
+    if training.max_steps is not None and (training.warmup_steps or 0) >= training.max_steps:
+        yield _note(
+            settings,
+            "training.warmup_steps",
+            f"the preset warms up for {training.warmup_steps} steps and the run has {training.max_steps}",
+            "enough to try something, not to learn: the learning rate does not reach its peak",
+        )
 
 
 def _validation(settings: Settings) -> Iterator[Note]:

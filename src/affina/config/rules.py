@@ -247,6 +247,8 @@ def _warmup_never_ends(settings: Settings) -> ConfigError | None:
     training = settings.config.training
     if training.warmup_steps is None or training.max_steps is None or training.warmup_steps < training.max_steps:
         return None
+    if not settings.wrote("training.warmup_steps"):
+        return None  # a preset's warm-up in a run cut short to try something: notes.py says it
     return ConfigError(
         "warmup-too-long",
         f"training.warmup_steps is {training.warmup_steps} and training.max_steps is {training.max_steps}",

@@ -378,6 +378,11 @@ class _ProbeBatch:
     num_supervised: int
 
 
+def probe_batch(model: nn.Module) -> Batch:
+    """A row of two short documents with every token supervised, to try something on: fixed, on the model's device."""
+    return _probe_batch(base_model_of(model), documents=2)
+
+
 def _probe_batch(base: PreTrainedModel, *, documents: int) -> _ProbeBatch:
     vocabulary = text_config(base).vocab_size
     count = documents * _PROBE_LENGTH

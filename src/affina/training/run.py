@@ -25,7 +25,7 @@ from affina.models.adapters import save_adapter
 from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.build import LoadedModel
 from affina.models.device import memory_stats
-from affina.models.forward import supervised_loss
+from affina.models.forward import probe_batch, supervised_loss
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, require_whole
 from affina.runs.directory import RunDirectory, require_free_space
@@ -144,7 +144,12 @@ def run_training(
     if checkpoint is not None and loss_scale.enabled:
         loss_scale.scale, loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
     try:
-        with deterministic_kernels(config.training.deterministic), stop_on_signals() as stop:
+        kernels = deterministic_kernels(
+            config.training.deterministic,
+            lambda: _probe_backward(model),
+            lambda message: observers.event("note", message),
+        )
+        with kernels, stop_on_signals() as stop:
             train(
                 model,
                 source,
@@ -188,6 +193,14 @@ def run_training(
         num_trainable=num_trainable,
         num_parameters=num_parameters,
     )
+
+
+def _probe_backward(model: nn.Module) -> None:
+    """One small forward and backward pass; leaves no gradients and no trace in the random state."""
+    with torch.random.fork_rng():
+        loss, _ = supervised_loss(model, probe_batch(model))
+        loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
 
 
 def publish_adapter(run: RunDirectory, step: int) -> None:
