@@ -30,7 +30,7 @@ fmt: $(VENV)/.installed-dev ## format the code
 	$(BIN)/ruff format src tests recipes tools bench
 
 docs: $(VENV)/.installed-dev ## write the generated pages of docs/reference again
-	$(BIN)/python tools/generate_reference.py
+	$(BIN)/affina config-schema --markdown > docs/reference/config.md
 
 bench: $(VENV)/.installed-dev ## compare the quickstart job with transformers' Trainer + PEFT on this machine
 	$(BIN)/python bench/laptop.py

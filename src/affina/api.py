@@ -151,6 +151,7 @@ def train(
     )
     started = time.monotonic()
     try:
+        _check_model(settings)
         tokenizer, data = _tokenizer_and_data(settings)
         _record_data(run, data, is_resumed=checkpoint is not None)
         loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, callbacks)
@@ -193,6 +194,13 @@ def train(
     )
 
 
+def _check_model(settings: RunConfig) -> None:
+    """Before the data is prepared, which may take long: is there such a model and such a device?"""
+    from affina.models.build import check_before_data
+
+    check_before_data(settings)
+
+
 def _train_model(
     settings: RunConfig,
     run: RunDirectory,
@@ -222,9 +230,9 @@ def evaluate(
 
     Raises RunError when the run has no adapter, EvaluationError when it has no validation records.
     """
+    directory = _finished_run(run)  # before torch is imported: a mistyped name is told at once
     from affina.models.build import load_for_inference
 
-    directory = _finished_run(run)
     resolved = _run_config(directory)
     settings = resolved.config
     changes = {"max_records": max_records, "max_generations": max_generations}
@@ -239,20 +247,20 @@ def evaluate(
 
 def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> MergeReport:
     """Write base + adapter as one plain transformers model into `output`, and verify its logits before returning."""
+    directory = _finished_run(run)
     from affina.export.build import merge_run
 
-    directory = _finished_run(run)
     return merge_run(directory, _run_config(directory).config, Path(output), dtype=dtype)
 
 
 def open_chat(run: RunLike) -> ChatSession:
     """A conversation with a run's model; the base can answer the same prompts for comparison."""
+    directory = _finished_run(run)
     from affina.data.build import template_from_config, tokenizer_from_config
     from affina.evaluation.build import open_chat_session
     from affina.models.adapters import read_adapter_info
     from affina.models.build import load_for_inference
 
-    directory = _finished_run(run)
     settings = _run_config(directory).config
     tokenizer = tokenizer_from_config(settings.model)
     template = template_from_config(settings, tokenizer)
@@ -329,12 +337,16 @@ def _finished_run(run: RunLike) -> RunDirectory:
     directory = _open(run)
     if not (directory.adapter / "adapter_config.json").is_file():
         status = directory.status()
+        failure = directory.read_manifest().get("error") if status == "failed" else None
         raise RunError(
             "run-unfinished",
             f"{directory.path} has no adapter yet (its status is {status})",
+            why=f"it failed: {failure['what']}" if failure else None,
             fix="wait until it is done"
             if status == "running"
-            else f"continue it with `affina train --resume {directory.path}`",
+            else f"continue it with `affina train --resume {directory.path}`"
+            if list_checkpoints(directory.checkpoints)
+            else "it has no checkpoint to continue from: start it again with `affina train`",
         )
     return directory
 
@@ -382,7 +394,7 @@ def _find_checkpoint(
         if output.name is None:
             raise RunError(
                 "resume-unnamed",
-                "--resume without a path needs output.name",
+                "`--resume latest` continues the run named by output.name, and the config names none",
                 fix="name the run: --resume runs/NAME (`affina runs` lists them)",
             )
         path = Path(output.directory).expanduser() / output.name

@@ -269,3 +269,27 @@ def test_streaming_trains_and_resumes_to_the_same_bits(
         if checkpoint.step == 3:
             affina.train(resume=checkpoint.path)
     assert_same_result(part.run, whole.run)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # plain PEFT's
+def test_a_real_trained_model_of_another_family_is_fine_tuned(real_data_folder: Any, tmp_path: Path) -> None:
+    """stories260K is a trained Llama without chat template: plain text, all tokens, loss falls, adapter loads in PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = real_data_folder("stories260k_hf")
+    story = "Once upon a time, there was a little robot named Affina. She loved to learn new words every day. "
+    data = tmp_path / "stories"
+    data.mkdir()
+    for number in range(24):
+        (data / f"{number:02d}.txt").write_text(story * 3 + f"Today she learned {number} words. The end.")
+    config = make_config(folder, data, tmp_path, data__mask="all", training__epochs=6, data__max_length=256)
+    result = affina.train(config)
+    values = [loss for _, loss in losses(result.run)]
+    assert values[-1] < 0.7 * values[0]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, str(result.adapter))(ids).logits
+    assert float((after - before).abs().max()) > 0.1

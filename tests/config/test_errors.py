@@ -156,7 +156,9 @@ def test_a_presets_name_in_place_of_a_file_is_recognised() -> None:
 
 def test_a_folder_in_place_of_a_file_is_recognised(folder: Path) -> None:
     (folder / "run-1").mkdir()
-    with pytest.raises(AffinaError, match=r"run-1 is a folder"):
+    with pytest.raises(
+        AffinaError, match=r"config-unreadable\]: run-1 is a folder\n  fix: write the path of a YAML file"
+    ):
         load_config(Path("run-1"))
     (folder / "run-1" / "config.yaml").touch()
     with pytest.raises(AffinaError, match=r"write run-1/config.yaml"):
@@ -168,7 +170,9 @@ def test_an_unreadable_file_is_told_as_such(folder: Path, monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(AffinaError, match=r"x.yaml cannot be read\n  why: permission denied"):
+    with pytest.raises(
+        AffinaError, match=r"config-unreadable\]: x\.yaml cannot be read\n  why: permission denied\n  fix: check"
+    ):
         load_config(Path("x.yaml"))
 
 

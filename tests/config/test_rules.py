@@ -117,6 +117,7 @@ def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusals({"tracking": "tensorboard"}) == []
     with pytest.raises(AffinaErrors) as caught:
         load_mapping({"tracking": ["tensorboard", "wandb", "mlflow"]})
+    assert caught.value.code == "tracker-without-package"
     assert caught.value.what == "tracking.trackers has wandb and mlflow, which are not installed"
     assert caught.value.fix == 'run `pip install "affina[wandb,mlflow]"`, or take them out'
 

@@ -402,7 +402,9 @@ def test_what_was_recognised_is_told_with_the_columns_that_are_not_read() -> Non
 
 
 def test_a_mapped_column_that_does_not_exist_is_refused_with_the_nearest() -> None:
-    with pytest.raises(DataError, match=r'columns\.prompt names "qestion"(.|\n)*did you mean question\?'):
+    with pytest.raises(
+        DataError, match=r'unknown-column\]: columns\.prompt names "qestion"(.|\n)*did you mean question\?'
+    ):
         convert({"question": "a", "reply_text": "b"}, prompt="qestion")
 
 
@@ -473,19 +475,27 @@ def test_messages_win_over_other_columns() -> None:
 def test_preference_pairs_are_not_trained_on_by_accident(record: dict[str, Any], fix: str) -> None:
     with pytest.raises(DataError, match="preference pairs") as caught:
         detect_format([record])
+    assert caught.value.code == "preference-data"
     assert fix in str(caught.value.fix)
 
 
 def test_turns_with_unknown_keys_get_a_mapping_proposed() -> None:
     record = {"log": [{"speaker": "user", "says": "ciao", "t": 1}]}
-    with pytest.raises(DataError, match=r"columns: \{messages: log, role: speaker, content: says\}"):
+    with pytest.raises(DataError) as caught:
         convert(record, messages="log")
+    assert caught.value.code == "unknown-turns"
+    assert caught.value.what == 'the turns in "log" have the keys speaker, says, t'
+    assert caught.value.fix == "map them: columns: {messages: log, role: speaker, content: says}"
 
 
 def test_a_named_format_without_its_column_says_what_it_needs() -> None:
-    with pytest.raises(DataError, match=r'no column for the completion(.|\n)*alpaca needs "instruction", "output"'):
+    with pytest.raises(
+        DataError, match=r'missing-column\].*for the completion(.|\n)*alpaca needs "instruction", "output"'
+    ):
         convert({"instruction": "a", "note": "b"}, "alpaca")
-    with pytest.raises(DataError, match=r"no column for the text"):
+    with pytest.raises(
+        DataError, match=r"no column for the text was found among instruction(.|\n)*columns: \{text: instruction\}"
+    ):
         convert({"instruction": "a"}, "text")
     with pytest.raises(DataError, match=r"no column for the messages"):
         convert({"instruction": "a"}, "messages")

@@ -108,17 +108,17 @@ def test_decimal_weights_mean_what_is_written() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), 1e-9])
 def test_weights_that_are_no_share_are_refused(weight: float) -> None:
-    with pytest.raises(DataError, match=r"b has the weight(.|\n)*above 0"):
+    with pytest.raises(DataError, match=r"bad-source-weight\]: b has the weight(.|\n)*above 0"):
         mix_sources([1, 1], [1, weight], names=["a", "b"])
 
 
 def test_some_weights_and_some_not_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"b has no weight(.|\n)*give every source a weight, or none"):
+    with pytest.raises(DataError, match=r"missing-weight\]: b has no weight(.|\n)*give every source a weight, or none"):
         mix_sources([1, 1], [1, None], names=["a", "b"])
 
 
 def test_an_empty_source_with_a_weight_is_an_error() -> None:
-    with pytest.raises(DataError, match="b has a weight but no records"):
+    with pytest.raises(DataError, match=r"empty-source\]: b has a weight but no records(.|\n)*remove it"):
         mix_sources([1, 0], [1, 1], names=["a", "b"])
 
 
@@ -158,7 +158,7 @@ def test_a_stream_mix_has_the_same_order_as_a_plan(parts: list[int], count: int)
 
 
 def test_repeating_an_empty_stream_is_an_error() -> None:
-    with pytest.raises(DataError, match="b has a weight but no records"):
+    with pytest.raises(DataError, match=r"empty-source\]: b has a weight but no records(.|\n)*remove the source"):
         list(
             interleave_streams(
                 [lambda: counted("a", 3), lambda: counted("b", 0)], [1, 1], when_exhausted="repeat", names=["a", "b"]

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.data.tiny_tokenizers import THINKING, build_hf, build_tokenizer
 
 from affina.config.schema import ColumnsConfig, DataConfig, RunConfig, SourceConfig, TrainingConfig
 from affina.data.build import prepare_settings, source_spec
 from affina.data.cache import is_intact, open_or_build
-from affina.data.encoding import EncodeSettings, encode_all
+from affina.data.encoding import CHUNK_RECORDS, EncodeSettings, encode_all
 from affina.data.messages import Conversation, Message
 from affina.data.prepare import PreparedData, PrepareSettings, choose_num_workers, prepare
 from affina.data.report import DataReport
@@ -195,6 +197,24 @@ def test_errors_of_workers_arrive_with_all_their_parts() -> None:
     assert "(b.jsonl:4)" in str(results[0].error)
     assert results[0].error is not None
     assert results[0].error.fix
+
+
+def test_a_worker_that_is_killed_ends_the_preparation_with_its_exit_code() -> None:
+    good = Conversation((Message("user", "q"), Message("assistant", "a")))
+
+    def kill_the_workers_on_the_way() -> Iterator[Conversation]:
+        yield from itertools.repeat(good, 2 * CHUNK_RECORDS)
+        for child in psutil.Process().children():
+            if "affina.data.worker" in child.cmdline():
+                child.kill()
+        yield from itertools.repeat(good, 2 * CHUNK_RECORDS)
+
+    with pytest.raises(DataError) as caught:
+        list(encode_all(kill_the_workers_on_the_way(), build_tokenizer("thinking"), EncodeSettings(64), num_workers=2))
+    assert caught.value.code == "worker-died"
+    assert caught.value.what == "a process that prepares data ended with exit code -9"
+    assert "run out of memory" in str(caught.value.why)
+    assert "data.num_workers: 1" in str(caught.value.fix)
 
 
 def test_small_sets_are_prepared_in_this_process() -> None:
@@ -459,6 +479,21 @@ def test_a_stream_that_never_gives_a_sample_ends_with_an_error(tmp_path: Path, m
     data = stream([spec], tokenizer=build_tokenizer("gemma"), settings=settings)
     with pytest.raises(DataError, match="nothing to train on"):
         next(item for item in data.open() if item[1])
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 1.0)])
+def test_a_stream_whose_records_are_all_left_out_comes_to_an_end(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    specs = [
+        write(tmp_path / name, [{"messages": [{"role": "user", "content": "no reply"}]}])
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    settings = PrepareSettings(EncodeSettings(max_length=64), weights=weights, on_error="skip", validation_fraction=0.0)
+    data = stream(specs, tokenizer=build_tokenizer("gemma"), settings=settings)
+    if weights:
+        with pytest.raises(DataError, match="empty-source"):
+            next(data.open())
+    else:
+        assert list(data.open()) == []
 
 
 # Memory

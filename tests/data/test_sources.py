@@ -128,7 +128,7 @@ def test_what_datasets_saves_to_disk_can_be_read_back(tmp_path: Path) -> None:
     assert values(tmp_path / "saved") == RECORDS
     assert values(tmp_path / "saved", split="test") == RECORDS[:2]
     assert "train split" in open_source(tmp_path / "saved").notes[0]
-    with pytest.raises(DataError, match="use one of: train, test"):
+    with pytest.raises(DataError, match=r"split-not-found(.|\n)*use one of: train, test"):
         open_source(tmp_path / "saved", split="dev")
 
 
@@ -200,7 +200,7 @@ def test_a_json_file_with_two_lists_needs_a_split(tmp_path: Path) -> None:
     path = write(tmp_path / "two.json", json.dumps({"train": [{"a": 1}], "test": [{"a": 2}, {"a": 3}]}))
     assert values(path, split="test") == [{"a": 2}, {"a": 3}]
     assert values(path, split="train") == [{"a": 1}]
-    with pytest.raises(DataError, match=r'two lists of records, "train" and "test"(.|\n)*split: train'):
+    with pytest.raises(DataError, match=r'two-lists\].*two lists of records, "train" and "test"(.|\n)*split: train'):
         read(path)
 
 
@@ -245,7 +245,7 @@ def test_text_after_a_closing_quote_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="names 'p' twice"):
+    with pytest.raises(DataError, match=r"duplicate-column\].*names 'p' twice(.|\n)*rename one"):
         read(write(tmp_path / "a.csv", "p,p\n1,2\n"), has_header=True)
 
 
@@ -380,21 +380,28 @@ def test_without_a_reporter_the_first_fault_raises(tmp_path: Path) -> None:
 def test_a_missing_file_suggests_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl.gz", gzip.compress(b"{}"))
     for wrong in ("trian.jsonl.gz", "train.jsonl"):
-        with pytest.raises(DataError, match=r"does not exist(.|\n)*did you mean .*train\.jsonl\.gz\?"):
+        with pytest.raises(
+            DataError, match=r"file-not-found\].*does not exist(.|\n)*did you mean .*train\.jsonl\.gz\?"
+        ):
             open_source(tmp_path / wrong)
-    with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
+    with pytest.raises(DataError, match=r"file-not-found(.|\n)*the folder .*nowhere does not exist"):
         open_source(tmp_path / "nowhere" / "train.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "a.jsonl.gz"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=rf"empty-file\]: {name} is empty(.|\n)*write it again"):
         read(write(tmp_path / name, b""))
 
 
 def test_an_archive_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data"):
+    with pytest.raises(DataError, match=r"empty-file\]: a\.jsonl\.gz holds no data"):
         read(write(tmp_path / "a.jsonl.gz", gzip.compress(b"")))
+
+
+def test_a_json_file_of_blanks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"empty-file\]: the file holds no JSON(.|\n)*write it again"):
+        read(write(tmp_path / "a.json", " \n\t\n"))
 
 
 @pytest.mark.parametrize("suffix", list(COMPRESSORS))
@@ -431,43 +438,57 @@ def test_archives_written_one_after_the_other_are_read_as_one(tmp_path: Path, su
 
 
 def test_a_compression_that_the_name_does_not_announce_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds gzip data(.|\n)*rename it to a\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"wrong-extension\].*holds gzip data(.|\n)*rename it to a\.jsonl\.gz"):
         read(write(tmp_path / "a.jsonl", gzip.compress(b"{}")))
-    with pytest.raises(DataError, match=r"is not gzip data(.|\n)*rename it to a\.jsonl"):
+    with pytest.raises(DataError, match=r"wrong-extension\].*is not gzip data(.|\n)*rename it to a\.jsonl"):
         read(write(tmp_path / "a.jsonl.gz", b'{"a": 1}'))
-    with pytest.raises(DataError, match=r"holds zstd data(.|\n)*rename it to a\.jsonl\.zst"):
+    with pytest.raises(DataError, match=r"wrong-extension\].*holds zstd data(.|\n)*rename it to a\.jsonl\.zst"):
         read(write(tmp_path / "a.jsonl.gz", COMPRESSORS[".zst"](b"{}")))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "code", "says", "fix"),
     [
-        ("a.jsonl", b'[\n{"a": 1}\n]', "holds a JSON array"),
-        ("a.jsonl", b'{\n "a": 1\n}', "span several lines"),
-        ("a.json", b"plain text", r"a JSON file starts with \[ or \{"),
-        ("a.json", b'[{"a": 1}, {"a"', "ends inside its array"),
-        ("a.json", b'[{"a": 1} {"a": 2}]', "expected a comma or ]"),
-        ("a.json", b'[{"a": 1}] trailing', "text after the end"),
-        ("a.json", b'{"data": [{"a": 1}', "ends inside its array"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-        ("a.csv", b"<!DOCTYPE html><html>", "web page"),
-        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
-        ("a.csv", b"PAR1\x00\x00", "holds parquet data"),
-        ("a.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
-        ("a.parquet", b"something else", "is not Parquet data"),
-        ("a.arrow", b"something else", "not a whole Arrow file"),
+        ("a.jsonl", b'[\n{"a": 1}\n]', "wrong-extension", "holds a JSON array", "rename it to .json"),
+        ("a.jsonl", b'{\n "a": 1\n}', "wrong-extension", "span several lines", "rename it to .json, or"),
+        ("a.json", b"plain text", "invalid-json", "a JSON file starts with [ or {", "plain text belongs in .txt"),
+        ("a.json", b'[{"a": 1}, {"a"', "truncated-file", "ends inside its array", "download the file again"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "invalid-json", "expected a comma or ]", "put a comma between"),
+        ("a.json", b'[{"a": 1}] trailing', "invalid-json", "text after the end", "remove it"),
+        ("a.json", b'{"data": [{"a": 1}', "truncated-file", "ends inside its array", "download the file again"),
+        ("a.json", b'{"a": 1, "b": 2', "truncated-file", "ends inside an object", "download the file again"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs-pointer", "Git LFS", "`git lfs pull`"),
+        ("a.csv", b"<!DOCTYPE html><html>", "web-page", "a web page, not the data", "download the raw file"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "wrong-encoding", "UTF-16", "iconv -f UTF-16 -t UTF-8"),
+        ("a.csv", b"PAR1\x00\x00", "wrong-extension", "holds parquet data", "rename it to .parquet"),
+        ("a.parquet", b"PAR1 and then nothing", "damaged-file", "not a whole Parquet file", "download the file again"),
+        ("a.parquet", b"something else", "wrong-extension", "is not Parquet data", "the extension of what it holds"),
+        ("a.arrow", b"something else", "damaged-file", "not a whole Arrow file", "download the file again"),
     ],
 )
 def test_content_that_contradicts_the_name_is_refused_with_a_fix(
-    tmp_path: Path, name: str, content: bytes, says: str
+    tmp_path: Path, name: str, content: bytes, code: str, says: str, fix: str
 ) -> None:
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError) as caught:
         read(write(tmp_path / name, content))
-    assert caught.value.fix
+    assert caught.value.code == code
+    assert says in caught.value.what
+    assert fix in str(caught.value.fix)
+    assert str(caught.value.where).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.arrow.zst"])
+def test_a_columnar_file_inside_an_archive_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / name, COMPRESSORS[Path(name).suffix](b"PAR1")))
+    assert caught.value.code == "compressed-columnar"
+    assert "random access" in str(caught.value.why)
+    assert caught.value.fix == f"decompress it and name it {Path(name).stem}"
 
 
 def test_an_unknown_extension_lists_what_can_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.docx(.|\n)*\.jsonl, \.ndjson, \.json, \.csv"):
+    says = r"unknown-extension\].*a\.docx(.|\n)*\.jsonl, \.ndjson, \.json, \.csv(.|\n)*rename it"
+    with pytest.raises(DataError, match=says):
         open_source(write(tmp_path / "a.docx", b"x"))
 
 
@@ -486,8 +507,20 @@ def test_a_refused_permission_is_told_from_other_faults(tmp_path: Path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("affina.data.decompress.io.FileIO", refuse)
-    with pytest.raises(DataError, match=r"no permission to read a\.jsonl(.|\n)*chmod u\+r"):
+    with pytest.raises(DataError, match=r"unreadable-file\]: no permission to read a\.jsonl(.|\n)*chmod u\+r"):
         read(path)
+
+
+def test_a_disk_that_refuses_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("affina.data.decompress.io.FileIO", refuse)
+    with pytest.raises(DataError, match=r"unreadable-file\]: a\.jsonl cannot be opened: Input/output error") as caught:
+        read(path)
+    assert caught.value.fix == "check the path and the disk"
 
 
 def damage(data: bytes, generator: random.Random) -> bytes:
@@ -581,13 +614,15 @@ def test_words_inside_other_words_are_no_split_names(tmp_path: Path) -> None:
 
 def test_a_split_that_no_file_has_lists_those_there_are(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "{}")
-    with pytest.raises(DataError, match=r'the split "test"(.|\n)*use one of: train'):
+    with pytest.raises(DataError, match=r'split-not-found\].*the split "test"(.|\n)*use one of: train'):
         open_source(tmp_path, split="test")
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "picture.png", b"x")
-    with pytest.raises(DataError, match=r"holds no file that affina reads(.|\n)*it holds picture\.png"):
+    with pytest.raises(
+        DataError, match=r"no-data-files\].*holds no file that affina reads(.|\n)*it holds picture\.png"
+    ):
         open_source(tmp_path)
 
 
@@ -596,7 +631,7 @@ def test_a_glob_reads_what_matches_in_order(tmp_path: Path) -> None:
         write(tmp_path / f"part-{n}.jsonl", json_lines([{"n": n}]))
     write(tmp_path / "other.jsonl", "broken")
     assert values(f"{tmp_path}/part-*.jsonl") == [{"n": 1}, {"n": 2}]
-    with pytest.raises(DataError, match="no file matches"):
+    with pytest.raises(DataError, match=r"no-data-files\]: no file matches(.|\n)*check the pattern"):
         open_source(f"{tmp_path}/*.csv")
 
 
@@ -612,10 +647,12 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "load_dataset", offline)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     source = open_source("someone/some-data", split="train")
-    with pytest.raises(DataError, match=r"neither a file nor a folder(.|\n)*HF_HUB_OFFLINE"):
+    with pytest.raises(DataError, match=r"hub-offline\].*neither a file nor a folder(.|\n)*HF_HUB_OFFLINE"):
         list(source.read())
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    with pytest.raises(DataError, match=r"could not be loaded from the hub(.|\n)*check the name and the network"):
+    with pytest.raises(
+        DataError, match=r"hub-dataset\].*could not be loaded from the hub(.|\n)*check the name and the network"
+    ):
         list(open_source("someone/some-data").read())
 
 
@@ -638,7 +675,7 @@ def test_a_hub_data_set_is_read_with_its_index_and_an_unknown_split_is_explained
     streamed = open_source("someone/some-data", subset="italian", streaming=True)
     assert [record.value for record in streamed.read()] == RECORDS
     assert streamed.fingerprint() == open_source("someone/some-data", subset="italian", streaming=True).fingerprint()
-    with pytest.raises(DataError, match=r'Unknown split "dev"'):
+    with pytest.raises(DataError, match=r'hub-dataset(.|\n)*Unknown split "dev"(.|\n)*set `split` and `subset`'):
         list(open_source("someone/some-data", subset="italian", split="dev").read())
 
 
@@ -663,7 +700,7 @@ def test_embedded_names_go_through_the_catalog(tmp_path: Path, monkeypatch: pyte
     assert values("affina/support") == RECORDS
     assert values("affina/support", split="validation") == RECORDS
     assert asked == [("affina/support", "train"), ("affina/support", "validation")]
-    with pytest.raises(DataError, match=r'no split "test"(.|\n)*train, validation'):
+    with pytest.raises(DataError, match=r'split-not-found\].*no split "test"(.|\n)*train, validation'):
         open_source("affina/support", split="test")
 
 

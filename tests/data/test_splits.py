@@ -91,7 +91,9 @@ def test_nothing_is_held_out_when_nothing_is_asked() -> None:
 
 
 def test_one_group_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"all 3 records belong to one group(.|\n)*validation_fraction: 0"):
+    with pytest.raises(
+        DataError, match=r"cannot-split\]: all 3 records belong to one group(.|\n)*validation_fraction: 0"
+    ):
         split_groups(["a", "a", "a"], fraction=0.1)
 
 

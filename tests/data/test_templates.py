@@ -411,6 +411,27 @@ def describe_tokenizer_without_probe(template: str) -> LoadedTokenizer:
     return replace(good, hf=build_hf(template))
 
 
+def test_a_reply_that_the_template_does_not_close_is_refused() -> None:
+    half_open = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{%- if loop.last or m.role != 'assistant' %}{{- '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    template = ChatTemplate(describe_tokenizer(build_hf(half_open), name="half-open"))
+    (encoded,) = template.encode(Conversation((user("q"), reply("a"))))
+    assert trained_runs(encoded.sample, template.tokenizer) == ["a<|im_end|>"]
+    turns = (user("q"), reply("a"), user("r"), reply("b"))
+    with pytest.raises(DataError) as caught:
+        template.encode(Conversation(turns, origin="c.jsonl:7"))
+    assert caught.value.code == "end-of-turn-missing"
+    assert caught.value.what == "the chat template of half-open writes no end-of-turn token after message 1"
+    assert "never to stop" in str(caught.value.why)
+    assert "train: false" in str(caught.value.fix)
+    assert "(c.jsonl:7)" in str(caught.value)
+    (untrained,) = template.encode(Conversation((user("q"), reply("a", train=False), user("r"), reply("b"))))
+    assert trained_runs(untrained.sample, template.tokenizer) == ["b<|im_end|>"]
+
+
 def test_a_missing_template_is_explained() -> None:
     with pytest.raises(DataError, match="has no chat template") as caught:
         ChatTemplate(build_tokenizer(None)).encode(Conversation((user("q"), reply("a")), origin="a.jsonl:1"))

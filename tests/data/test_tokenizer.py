@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import GatedRepoError
 from tests.data.tiny_tokenizers import GEMMA, THINKING, build_hf, build_tokenizer
+from transformers import AutoTokenizer
 
 from affina.data.tokenizer import describe_tokenizer, load_tokenizer
 from affina.errors import ModelError
@@ -25,6 +27,21 @@ def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path: Path) -> None
         load_tokenizer(str(tmp_path), local=True)
     assert caught.value.code == "tokenizer-not-found"
     assert "tokenizer.json" in str(caught.value)
+
+
+def test_a_model_whose_licence_must_be_accepted_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = SimpleNamespace(headers={}, request=None)
+
+    def refuse(*_: object, **__: object) -> None:
+        # As transformers does: the hub's own error is the cause of an OSError about files.
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer("owner/model")
+    assert caught.value.code == "model-gated"
+    assert caught.value.what == "owner/model asks you to accept its licence first"
+    assert caught.value.fix == "accept it on https://huggingface.co/owner/model, then: hf auth login"
 
 
 def test_a_saved_tokenizer_loads_with_the_same_fingerprint(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_a_system_prompt_is_put_in_front_where_there_is_none(tmp_path: Path) -> 
 def test_a_file_without_records_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n")
-    with pytest.raises(DataError, match="holds no records"):
+    with pytest.raises(DataError, match=r"no-records\].*holds no records(.|\n)*the file you meant"):
         list(read_conversations([SourceSpec(path)], on_error="skip"))
 
 

@@ -179,6 +179,24 @@ def test_an_existing_directory_is_never_overwritten(base, adapter, tmp_path):
     assert (tmp_path / "merged" / "precious.txt").read_text() == "x"
 
 
+def test_an_output_below_a_file_is_refused(base, adapter, tmp_path):
+    (tmp_path / "notes").write_text("x")
+    error = refusal(base, adapter[0], tmp_path / "notes")
+    assert error.code == "output-not-writable"
+    assert error.what == f"cannot write into {tmp_path / 'notes'}: it is a file"
+    assert "-o" in error.fix
+
+
+def test_an_output_that_the_system_refuses_is_told_with_its_reason(base, adapter, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(merge_module.Path, "mkdir", refuse)
+    error = refusal(base, adapter[0], tmp_path)
+    assert error.code == "output-not-writable"
+    assert error.what == f"cannot write into {tmp_path}: permission denied"
+
+
 def test_an_empty_directory_may_be_filled(base, adapter, tmp_path):
     (tmp_path / "merged").mkdir()
     merge(str(base), adapter[0], tmp_path / "merged")

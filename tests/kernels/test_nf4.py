@@ -143,19 +143,37 @@ def test_weights_that_are_not_finite_are_refused(bad):
 
 
 def test_a_missing_state_is_refused():
-    with pytest.raises(ModelError, match=r"bitsandbytes 0\.43 or later"):
+    with pytest.raises(
+        ModelError, match=r"quantized-weights-unreadable\]: x\.weight(.|\n)*bitsandbytes 0\.43 or later"
+    ):
         nf4.Nf4Tensor.from_state({"": torch.zeros(4, 1, dtype=torch.uint8)}, "x.weight")
 
 
 def test_another_table_is_refused():
     state = nf4.quantize(weight_of((8, 64))).to_state()
     state["quant_map"] = state["quant_map"].flip(0)
-    with pytest.raises(ModelError, match="uses its own quant_map"):
+    with pytest.raises(
+        ModelError,
+        match=r"quantized-weights-unreadable\]: x\.weight uses its own quant_map(.|\n)*quantise the original",
+    ):
         nf4.Nf4Tensor.from_state(state, "x.weight")
+
+
+def test_scales_in_groups_of_another_size_are_refused():
+    state = nf4.quantize(weight_of((8, 64))).to_state()
+    fields = json.loads(bytes(state[nf4.STATE_KEY].tolist())) | {"nested_blocksize": 128}
+    state[nf4.STATE_KEY] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    with pytest.raises(ModelError) as caught:
+        nf4.Nf4Tensor.from_state(state, "x.weight")
+    assert caught.value.code == "quantized-weights-unreadable"
+    assert caught.value.what == "x.weight groups its scales by 128; affina reads groups of 256"
+    assert "quantise the original checkpoint again" in caught.value.fix
 
 
 def test_tensors_of_the_wrong_size_are_refused():
     state = nf4.quantize(weight_of((8, 64))).to_state()
     state["absmax"] = state["absmax"][:-1]
-    with pytest.raises(ModelError, match="the checkpoint is damaged"):
+    with pytest.raises(
+        ModelError, match=r"quantized-weights-unreadable(.|\n)*the checkpoint is damaged(.|\n)*download it again"
+    ):
         nf4.Nf4Tensor.from_state(state, "x.weight")

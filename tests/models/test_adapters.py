@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from affina.models.adapters import (
     resolve_targets,
     save_adapter,
 )
+from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.compat import quiet_peft
 from affina.models.load import load_causal_lm
@@ -170,8 +172,21 @@ def test_a_name_unlike_any_gets_the_list(folder):
 
 
 def test_an_unknown_method_is_an_error_with_the_nearest_name():
-    with pytest.raises(ModelError, match="did you mean rslora"):
+    with pytest.raises(
+        ModelError, match=r'adapter-method-unknown\]: adapter\.method "rs-lora" (.|\n)*did you mean rslora'
+    ):
         method_named("rs-lora")
+
+
+def test_a_method_is_refused_on_a_weight_format_on_which_it_does_not_train(folder, monkeypatch):
+    dense_only = replace(METHODS["lora"], trains_on=frozenset({"dense"}))
+    monkeypatch.setitem(METHODS, "lora", dense_only)
+    assert has_adapter(attach_adapter(base(folder), rank=2))
+    with pytest.raises(ModelError) as caught:
+        attach_adapter(base(folder, Nf4Options()), rank=2)
+    assert caught.value.code == "adapter-unsupported"
+    assert caught.value.what == "LoRA cannot train on model.layers.0.self_attn.q_proj (Nf4Linear)"
+    assert caught.value.fix == "use a base whose weights are dense"
 
 
 # Saving and loading
@@ -227,6 +242,28 @@ def test_matrices_are_read_by_layer(saved):
     down, up = pairs["model.layers.1.mlp.down_proj"]
     assert (down.shape, up.shape) == ((4, 96), (64, 4))
     assert len(pairs) == 14
+
+
+def test_restoring_gives_a_fresh_adapter_the_saved_parameters(folder, saved):
+    directory, expected = saved
+    fresh = attach_adapter(base(folder), rank=4, alpha=12)
+    before = {name: id(parameter) for name, parameter in fresh.named_parameters()}
+    restore_adapter_weights(fresh, directory)
+    assert torch.equal(logits(fresh.eval()), expected)
+    assert {name: id(parameter) for name, parameter in fresh.named_parameters()} == before
+
+
+def test_parameters_of_another_adapter_are_not_restored(folder, saved):
+    directory, _ = saved
+    other = attach_adapter(base(folder), rank=8, targets=["q_proj"])
+    before = logits(other)
+    with pytest.raises(ModelError) as caught:
+        restore_adapter_weights(other, directory)
+    assert caught.value.code == "adapter-mismatch"
+    assert f"the adapter in {directory} has other parameters than this run" in caught.value.what
+    assert caught.value.why == "28 names or shapes differ"
+    assert "config.yaml of its run" in caught.value.fix
+    assert torch.equal(logits(other), before)
 
 
 # Identity
@@ -323,7 +360,7 @@ def test_an_adapter_of_another_tool_loads_without_our_file(folder, saved, copy):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file_is_named(folder, copy, name):
     (copy / name).unlink()
-    with pytest.raises(ModelError, match=f"it has no {name}"):
+    with pytest.raises(ModelError, match=rf"adapter-missing\].*it has no {name}(.|\n)*the directory that holds"):
         load_adapter(base(folder), copy)
 
 
@@ -332,5 +369,8 @@ def test_methods_that_we_do_not_load_are_refused(folder, copy, changes):
     (copy / "affina.json").unlink()
     path = copy / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ModelError, match="affina loads LoRA and rsLoRA"):
+    with pytest.raises(ModelError) as caught:
         load_adapter(base(folder), copy)
+    assert caught.value.code == "adapter-unsupported"
+    assert caught.value.why == "affina loads LoRA and rsLoRA"
+    assert caught.value.fix == "load it in PEFT"

@@ -10,8 +10,10 @@ from transformers import (
     CohereConfig,
     FalconMambaConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -149,6 +151,32 @@ def test_no_mask_is_built_and_no_cache_is_made_for_a_packed_row(monkeypatch):
     monkeypatch.setattr(type(model.model.layers[0]), "forward", spy)
     supervised_loss(model, batch_of(LENGTHS))
     assert seen == [(None, None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (
+            GptOssConfig(**COMMON, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
+            "GptOssAttention computes attention with s_aux, which packed attention does not have",
+        ),
+        (
+            Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
+            "Gemma3Attention is not causal; packed attention is",
+        ),
+    ],
+    ids=["attention sinks", "both directions"],
+)
+def test_attention_that_cannot_be_packed_goes_by_rows_and_is_refused_when_asked_for(config, what):
+    model = random_model(config)
+    isolation = isolation_of(model)
+    assert isolation.layout == "rows"
+    assert f"cannot run packed rows ({what})" in isolation.reason
+    with pytest.raises(ModelError) as caught:
+        supervised_loss(model, batch_of(LENGTHS), layout="packed")
+    assert caught.value.code == "packing-unsupported"
+    assert caught.value.what == what
+    assert caught.value.fix == "data.packing: false"
 
 
 def test_masks_are_honoured_outside_of_packed_rows():

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from affina.errors import ModelError
@@ -258,6 +261,26 @@ def test_a_hub_id_without_network_is_refused():
     assert "affina/nano needs no network" in error.fix
 
 
+@pytest.mark.parametrize(
+    ("refused", "code", "what", "fix"),
+    [
+        (GatedRepoError, "model-gated", "owner/model asks you to accept its licence first", "hf auth login"),
+        (RevisionNotFoundError, "model-not-found", 'owner/model has no revision "v9"', "check model.revision"),
+        (RepositoryNotFoundError, "model-not-found", "no such model on the hub", "check model.path"),
+        (HfHubHTTPError, "model-unreachable", "the hub cannot be reached", "give a local directory"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(monkeypatch, refused, code, what, fix):
+    def refuse(*_, **__):
+        raise refused("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    error = refusal("owner/model", revision="v9")
+    assert error.code == code
+    assert what in error.what
+    assert fix in error.fix
+
+
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_text("x")
     assert "is a file" in refusal(tmp_path / "model.gguf").what
@@ -330,6 +353,20 @@ def test_a_file_that_was_cut_short_is_refused(copy, kept, weight_format):
     error = refusal(copy, weight_format=weight_format)
     assert error.code == "checkpoint-damaged"
     assert error.fix == "download it again"
+
+
+@BOTH
+def test_a_type_that_is_not_read_is_named(copy, weight_format):
+    path = copy / "model.safetensors"
+    # The header may grow over its padding only; both names have as many letters.
+    content = path.read_bytes()
+    assert b'"dtype":"F32"' in content
+    path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"C64"', 1))
+    error = refusal(copy, weight_format=weight_format)
+    assert error.code == "checkpoint-unreadable"
+    assert "has the type C64, which affina does not read" in error.what
+    assert "bfloat16, float16 or float32" in error.fix
+    assert str(error.where) == str(path)
 
 
 @BOTH

@@ -62,6 +62,6 @@ def test_8_bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError) as caught:
         build_optimizer([nn.Parameter(torch.zeros(1))], OptimizerOptions(kind="adamw_8bit"))
-    text = str(caught.value)
-    assert 'training.optimizer "adamw_8bit" needs bitsandbytes, which is not installed' in text
-    assert 'pip install "affina[gpu]"' in text
+    assert caught.value.code == "optimizer-unavailable"
+    assert caught.value.what == 'training.optimizer "adamw_8bit" needs bitsandbytes, which is not installed'
+    assert 'pip install "affina[gpu]"' in str(caught.value.fix)

@@ -32,7 +32,8 @@ def test_a_missing_package_says_what_to_install(kind: Any, tmp_path: Path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=rf'"{kind}" needs the package') as caught:
         build_tracker(kind, directory=tmp_path, project="affina", name="support")
-    assert f'pip install "affina[{kind}]"' in str(caught.value)
+    assert caught.value.code == "tracker-unavailable"
+    assert f'pip install "affina[{kind}]"' in str(caught.value.fix)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")

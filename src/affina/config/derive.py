@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
+from affina.catalog.context import local_context_tokens
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig
 
@@ -75,6 +76,14 @@ def _precision(config: RunConfig, origins: Origins) -> list[Derived]:
     return derived
 
 
+def _max_length(config: RunConfig, origins: Origins) -> list[Derived]:
+    """The default length is for models of billions of parameters; a small one may read less."""
+    context = local_context_tokens(config.model.path)
+    if context is None or context >= config.data.max_length or not _is_open(origins, "data.max_length"):
+        return []
+    return [Derived("data.max_length", max(context, 8), f"{config.model.path} reads {context:,} tokens")]
+
+
 def _validation(config: RunConfig, origins: Origins) -> list[Derived]:
     """A stream cannot be split before it has been read."""
     data = config.data
@@ -129,6 +138,7 @@ def _engine(config: RunConfig, origins: Origins) -> list[Derived]:
 
 _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
     _precision,
+    _max_length,
     _validation,
     _without_validation,
     _steps,

@@ -211,6 +211,19 @@ def merge(lower: Node, upper: Node) -> Node:
     return Node(merged, upper.origin)
 
 
+def without_foreign_validation(tree: Node) -> Node:
+    """The tree without a preset's validation set when the training data is the user's: they do not belong together."""
+    assert isinstance(tree.value, dict)
+    data = tree.value.get("data")
+    if data is None or not isinstance(data.value, dict):
+        return tree
+    train, validation = data.value.get("train"), data.value.get("validation")
+    if train is None or validation is None or train.origin.kind == "preset" or validation.origin.kind != "preset":
+        return tree
+    kept = {name: node for name, node in data.value.items() if name != "validation"}
+    return Node({**tree.value, "data": Node(kept, data.origin)}, tree.origin)
+
+
 def apply_overrides(tree: Node, overrides: Sequence[str], errors: list[ConfigError]) -> Node:
     """The tree with each `section.key=value` put in place, in order; the last of two wins."""
     for text in overrides:

@@ -16,6 +16,7 @@ from affina.config.layers import (
     merge,
     preset_layer,
     read_file,
+    without_foreign_validation,
 )
 from affina.config.notes import collect_notes
 from affina.config.origins import Origin
@@ -82,7 +83,7 @@ def _resolve(
     if preset is not None:
         layers = [_bottom(preset, layers), *layers]
     tree = reduce(merge, layers, Node({}, Origin("user")))
-    tree = apply_overrides(tree, overrides, errors)
+    tree = without_foreign_validation(apply_overrides(tree, overrides, errors))
     checked = validate(tree)
     resolve_paths(checked)
     errors.extend(checked.errors)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from affina.catalog.context import local_context_tokens
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig, SourceConfig
@@ -255,6 +256,26 @@ def _warmup_never_ends(settings: Settings) -> ConfigError | None:
         why="the run would end before the learning rate has reached its peak",
         fix="remove warmup_steps: 3% of the run is the default",
         where=settings.where("training.warmup_steps", "training.max_steps"),
+    )
+
+
+@reads("data.max_length", "model.path")
+def _longer_than_context(settings: Settings) -> ConfigError | None:
+    """For a model on this machine; that of a hub id is compared once its config.json is there."""
+    context = local_context_tokens(settings.config.model.path)
+    if context is None or settings.config.data.max_length <= context:
+        return None
+    return longer_than_context(settings.config, context, where=settings.where("data.max_length", "model.path"))
+
+
+def longer_than_context(config: RunConfig, context: int, *, where: Location | None = None) -> ConfigError:
+    """The error for samples that the model could not read whole."""
+    return ConfigError(
+        "longer-than-context",
+        f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}",
+        why="beyond its context a model has never seen the positions: it would learn noise, or fail",
+        fix=f"write `max_length: {context}` or less; data.truncation says what happens to longer samples",
+        where=where,
     )
 
 

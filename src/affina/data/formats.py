@@ -157,12 +157,15 @@ class _Probe:
         self.seen = list(dict.fromkeys(name for record in records for name in record))
 
     def first_value(self, path: str) -> Any:
-        """The first value at `path` that is there and not null."""
+        """The first value at `path` that is there and not null; one that is no empty list, if there is any."""
+        empty: Any = _MISSING
         for record in self.records:
             value = lookup(record, path)
-            if value is not None and value is not _MISSING:
+            if value == []:
+                empty = value  # says nothing about turns; validation names this record
+            elif value is not None and value is not _MISSING:
                 return value
-        return _MISSING
+        return empty
 
     def present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.seen and self.first_value(name) is not _MISSING]
@@ -323,6 +326,17 @@ class _Probe:
         )
 
     def nothing_fits(self) -> DataError:
+        if (
+            name := next((name for name in self.present(_TURN_COLUMNS) if self.first_value(name) == []), None)
+        ) is not None:
+            return DataError(
+                "unknown-format",
+                f'"{name}" is an empty list in each of the first {len(self.records):,} records',
+                why="without a message there is no telling what its keys are, and nothing to learn",
+                fix="check what wrote this file, or name the column that holds the conversations: "
+                "columns: {messages: …}",
+                where=self.where,
+            )
         wants = "; ".join(f"{name}: {wanted}" for name, wanted in WANTED.items())
         return DataError(
             "unknown-format",

@@ -419,6 +419,8 @@ class _ErrorCollector:
         return bool(self._errors)
 
     def add(self, error: DataError) -> None:
+        if error.code == "template-missing":
+            raise error  # about the model, not about this record: once says it, and skipping would leave nothing
         self.num_errors += 1
         if self._on_error == "skip":
             if len(self.listed) < _MAX_LISTED_PROBLEMS:

@@ -176,13 +176,35 @@ _ERROR_SHARE = 0.10
 
 def find_problems(report: DataReport) -> tuple[DataFinding, ...]:
     """What in a report deserves attention, worst first."""
-    findings = [*_truncation_findings(report), *_layout_findings(report), *_quality_findings(report)]
+    findings = [
+        *_reading_findings(report),
+        *_truncation_findings(report),
+        *_layout_findings(report),
+        *_quality_findings(report),
+    ]
     order = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(findings, key=lambda finding: order[finding.level]))
 
 
 def _level(share: float) -> Level:
     return "error" if share > _ERROR_SHARE else "warning" if share > _WARN_SHARE else "note"
+
+
+def _reading_findings(report: DataReport) -> list[DataFinding]:
+    if not (skipped := report.num_records_skipped):
+        return []
+    share = skipped / max(report.num_records_read, 1)
+    counts = [entry for entry in report.problems.get("counts", ()) if entry["severity"] == "error"]
+    reasons = ", ".join(f"{entry['count']:,} × {entry['code']}" for entry in counts)
+    return [
+        DataFinding(
+            _level(share),
+            "records-skipped",
+            f"{skipped:,} of {report.num_records_read:,} records ({share:.1%}) are faulty and are left out"
+            + (f" ({reasons})" if reasons else ""),
+            "`affina data` lists them with file and line",
+        )
+    ]
 
 
 def _truncation_findings(report: DataReport) -> list[DataFinding]:

@@ -97,7 +97,10 @@ class StreamedData:
         )
 
     def _records(self) -> Iterator[Conversation]:
-        """All records for ever: source after source, or mixed by their weights."""
+        """All records for ever: source after source, or mixed by their weights.
+
+        Ends after a pass over the sources that gave no record, because `on_error: skip` left every one of them out.
+        """
         weights = self.settings.weights
         stream = _open(self.specs, self.settings)
         if weights and any(weight is not None for weight in weights):
@@ -109,8 +112,18 @@ class StreamedData:
             )
             records: Iterator[Conversation] = iter(mixed)
         else:
-            records = itertools.chain.from_iterable(itertools.repeat(stream))
+            records = _passes(stream)
         return (mask_conversation(record) for record in records) if self.settings.mask_pii else records
+
+
+def _passes(stream: ConversationStream) -> Iterator[Conversation]:
+    """The records of one pass after the other; reading on after an empty pass would never come to an end."""
+    is_empty = False
+    while not is_empty:
+        is_empty = True
+        for conversation in stream:
+            is_empty = False
+            yield conversation
 
 
 @dataclass(frozen=True, slots=True)

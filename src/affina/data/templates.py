@@ -111,6 +111,7 @@ class ChatTemplate:
         self._segment_ids: dict[str, tuple[int, ...]] = {}
         self._special_ids = frozenset(int(i) for i, t in tokenizer.hf.added_tokens_decoder.items() if t.special)
         self._header, self._prompt_on, self._prompt_off, self._renders_reasoning = self._probe()
+        self._leaves_replies_open = self._probe_open_replies()
         self.empty_block = self._find_empty_block()
         """What the template adds to the prompt when thinking is off; "" where it has no such switch."""
 
@@ -151,6 +152,18 @@ class ChatTemplate:
             header = _shared_prefix(header, middle[len(base) :])
         reasoned = render_probe(hf, [user, {**reply, "reasoning_content": "affinaprobereason"}])
         return header, prompt_on, prompt_off, reasoned is not None and "affinaprobereason" in reasoned
+
+    def _probe_open_replies(self) -> bool:
+        """Whether the template writes no end of turn between a reply and the question that follows it."""
+        if not self.tokenizer.has_template:
+            return False
+        user = {"role": "user", "content": "affinaprobequestion"}
+        reply = {"role": "assistant", "content": "affinaprobereply"}
+        text = render_probe(self.tokenizer.hf, [user, reply, user, reply])
+        if text is None or text.count("affinaprobereply") != 2:
+            return False
+        between = text.partition("affinaprobereply")[2].partition("affinaprobequestion")[0]
+        return self._end_of_turn.search(between) is None
 
     # Rendering
 
@@ -278,7 +291,7 @@ class ChatTemplate:
     ) -> RenderedReply:
         start, matches = self._find_start(text, messages, index, previous_end, fields.first, conversation)
         block_start, start, thinking = self._skip_empty_block(text, start, fields)
-        closing = self._end_of_turn.search(text, fields.last, limit)
+        closing = self._find_end(text, messages, index, fields.last, limit)
         return RenderedReply(
             message_index=index,
             block_start=block_start,
@@ -289,6 +302,19 @@ class ChatTemplate:
             thinking=thinking,
             lost_reasoning=fields.has_lost_reasoning and thinking != "reasoning",
         )
+
+    def _find_end(
+        self, text: str, messages: list[dict[str, Any]], index: int, start: int, limit: int
+    ) -> re.Match[str] | None:
+        """The end of turn of message `index`, whose own text ends at `start`; None where the template writes none.
+
+        Where it leaves a reply open, the next end of turn is that of the question: what the user wrote would be
+        trained.
+        """
+        is_before_question = index + 1 < len(messages) and messages[index + 1]["role"] == "user"
+        if self._leaves_replies_open and is_before_question:
+            return None
+        return self._end_of_turn.search(text, start, limit)
 
     def _find_start(
         self,
@@ -366,7 +392,7 @@ class ChatTemplate:
         start, matches = self._find_start(text, messages, index, previous_end, len(text), conversation, first=True)
         block = _EMPTY_THINK.match(text, start)
         trained_from = block.end() if block is not None else start
-        closing = self._end_of_turn.search(text, trained_from)
+        closing = self._find_end(text, messages, index, trained_from, len(text))
         is_closed = self.empty_block != "" and text.endswith(self.empty_block, 0, start)
         return RenderedReply(
             message_index=index,

@@ -19,6 +19,9 @@ from affina.errors import ModelError
 
 EMBEDDED_PREFIX = "affina/"
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json")
+"""Files of which a tokenizer has at least one; SentencePiece's may have any name that ends in .model."""
+
 PROBE_TEXTS = (
     "The quick brown fox, 1234.5 times!\n\nNaïve café – 日本語 🙂",
     "  def f(x):\n\treturn x ** 2  # comment\r\n",
@@ -85,12 +88,13 @@ def load_tokenizer(
 
     local: never ask the hub, use what is on this machine.
 
-    Raises ModelError: `tokenizer-not-found`, `tokenizer-not-fast`, `tokenizer-without-end`,
+    Raises ModelError: `tokenizer-not-found`, `model-gated`, `tokenizer-not-fast`, `tokenizer-without-end`,
     `template-without-end-of-turn`.
     """
     from transformers import AutoTokenizer
 
     folder = _resolve(path)
+    _require_tokenizer_files(folder)
     try:
         hf = AutoTokenizer.from_pretrained(
             folder,
@@ -100,6 +104,12 @@ def load_tokenizer(
             use_fast=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if _asks_for_licence(error):
+            raise ModelError(
+                "model-gated",
+                f"{path} asks you to accept its licence first",
+                fix=f"accept it on https://huggingface.co/{path}, then: hf auth login",
+            ) from error
         raise ModelError(
             "tokenizer-not-found",
             f"no tokenizer could be loaded from {path!r}",
@@ -148,6 +158,15 @@ def describe_tokenizer(hf: Any, *, name: str) -> LoadedTokenizer:
     )
 
 
+def _asks_for_licence(error: BaseException | None) -> bool:
+    """Whether the hub's refusal of a gated model is among the causes of `error`, which transformers wraps it in."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None and not isinstance(error, GatedRepoError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _resolve(path: str) -> str:
     if path.startswith(EMBEDDED_PREFIX) and not Path(path).exists():
         from affina.catalog.embedded import embedded_model_path
@@ -160,6 +179,21 @@ def _resolve(path: str) -> str:
             fix="check the spelling of model.path; a relative path starts at the folder you call affina from",
         )
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def _require_tokenizer_files(path: str) -> None:
+    """Refuse a folder without a vocabulary: transformers would make up an empty one for it."""
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in _VOCABULARIES):
+        return
+    if any(folder.glob("*.model")) or any(folder.glob("*.py")):
+        return
+    raise ModelError(
+        "tokenizer-not-found",
+        f"{path} holds no tokenizer",
+        why=f"it has none of {', '.join(_VOCABULARIES)}",
+        fix="copy tokenizer.json and tokenizer_config.json of the model into it",
+    )
 
 
 def _first_line(error: BaseException) -> str:

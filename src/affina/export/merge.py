@@ -219,8 +219,11 @@ def _check_output(target: Path) -> None:
         if target.is_dir():
             target.rmdir()  # an empty one is as good as none; the rename at the end needs the name free
     except OSError as error:
+        reason = "it is a file" if parent.is_file() else (error.strerror or type(error).__name__).lower()
         raise ExportError(
-            "output-not-writable", f"cannot write into {parent}: {error.strerror}", fix="choose another directory"
+            "output-not-writable",
+            f"cannot write into {parent}: {reason}",
+            fix="name a directory that you may write to with -o",
         ) from error
 
 

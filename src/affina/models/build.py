@@ -11,12 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from affina.catalog.context import context_tokens
+from affina.config.rules import longer_than_context
 from affina.config.schema import RunConfig
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
 from affina.models.compat import enable_recomputation
 from affina.models.device import choose_device, choose_precision, describe_device
 from affina.models.forward import isolation_of
-from affina.models.load import load_causal_lm, load_notes
+from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.structure import text_config
 from affina.models.weights import Nf4Linear, Nf4Options
 
@@ -45,6 +47,21 @@ class LoadedModel:
     precision_name: str
     num_parameters: int
     notes: tuple[str, ...]
+
+
+def check_before_data(config: RunConfig) -> None:
+    """Refuse what could never be loaded or trained, before time goes into the data. Reads no weights.
+
+    Raises ModelError for the device, the precision and the model; ConfigError `longer-than-context`.
+    """
+    device = choose_device(config.training.device)
+    if config.training.precision != "auto":
+        choose_precision(config.training.precision, device)
+    model = config.model
+    raw_config = check_causal_lm(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    context = context_tokens(raw_config)
+    if context is not None and config.data.max_length > context:
+        raise longer_than_context(config, context)
 
 
 def load_for_training(config: RunConfig) -> LoadedModel:

@@ -12,8 +12,12 @@ from affina.errors import Location, ModelError
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 
-def resolve_model_folder(path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
+def resolve_model_folder(
+    path: str, *, revision: str | None = None, with_code: bool = False, with_weights: bool = True
+) -> Path:
     """The local folder of a model: a directory, the embedded model, or a hub id whose files are fetched if need be.
+
+    with_weights: False: of a hub id, fetch nothing but config.json
 
     Raises ModelError: model-not-found, model-unreachable (no network, not cached), model-gated.
     """
@@ -36,10 +40,11 @@ def resolve_model_folder(path: str, *, revision: str | None = None, with_code: b
             why="it is not a hub id either: those are owner/name",
             fix="check model.path; affina/nano ships with affina",
         )
-    return _fetch(path, revision, with_code)
+    patterns = [*_FILES, "*.py"] if with_code else list(_FILES)
+    return _fetch(path, revision, patterns if with_weights else ["config.json"])
 
 
-def _fetch(repository: str, revision: str | None, with_code: bool) -> Path:
+def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -51,7 +56,6 @@ def _fetch(repository: str, revision: str | None, with_code: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [*_FILES, "*.py"] if with_code else list(_FILES)
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,3 +48,28 @@ def enable_recomputation(model: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def import_bitsandbytes_offline() -> None:
+    """Import bitsandbytes, if it is installed, without its download: PEFT imports it in any case.
+
+    While it is imported, bitsandbytes 0.50 asks the hub for a kernel on CPUs with AVX512-BF16 and the package
+    `kernels`, and warns on every start where that package is absent. Nothing of affina's needs the kernel. Delete when
+    importing bitsandbytes reaches for no network.
+    """
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
+        return
+    absent = object()
+    before = sys.modules.get("kernels", absent)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `from kernels import …` an ImportError
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+        if before is absent:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = before  # type: ignore[assignment]

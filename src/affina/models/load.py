@@ -100,6 +100,24 @@ def load_causal_lm(
     return model
 
 
+def check_causal_lm(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Mapping[str, Any]:
+    """The model's config.json, after what can be said about the model without its weights has been checked.
+
+    Of a hub id, only config.json is fetched. A directory must hold whole safetensors files too.
+
+    Raises ModelError as `load_causal_lm` does, but nothing that only shows when tensors are read.
+    """
+    folder = resolve_model_folder(path, revision=revision, with_weights=False)
+    raw_config = read_config(folder)
+    if not trust_remote_code:  # the model's own code might have to be fetched first
+        _auto_config(folder, raw_config, path, trust_remote_code)
+    if (stored := raw_config.get("quantization_config")) is not None:
+        options_of_checkpoint(stored, path)
+    if Path(path).expanduser().is_dir():
+        checkpoint_tensors(folder)
+    return raw_config
+
+
 def load_notes(model: nn.Module) -> tuple[str, ...]:
     """What was unusual about loading `model`, as sentences for the user."""
     return _NOTES.get(base_model_of(model), ())

@@ -73,7 +73,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
             "checkpoint-missing",
             f"{folder} holds no checkpoint",
             why="the run ended before its first one",
-            fix="start it again under another output.name, with a smaller training.save_every_steps",
+            fix="start it again without --resume; a smaller training.save_every_steps makes the first one come sooner",
         )
     require_whole(checkpoints[-1])
     return checkpoints[-1]

@@ -16,6 +16,7 @@ Training writes; the command line, evaluation and later the studio read. A crash
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -149,10 +150,15 @@ def default_name(stem: str) -> str:
 def create_run(root: Path, name: str) -> RunDirectory:
     """A new, empty run directory.
 
+    A run that failed before its first step holds nothing but its error: its directory is used again, so that a
+    corrected mistake does not cost the name.
+
     Raises RunError `run-exists` when the directory already holds something, `run-not-writable` when it cannot be
     made or written.
     """
     path = root / name
+    if (path / MANIFEST_FILE).is_file() and _failed_before_first_step(RunDirectory(path)):
+        _clear_failed(RunDirectory(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "a run" if (path / MANIFEST_FILE).exists() else "files that are not a run of affina's"
         raise RunError(
@@ -176,6 +182,26 @@ def create_run(root: Path, name: str) -> RunDirectory:
             fix="set output.directory to a folder that you may write to",
         ) from error
     return RunDirectory(path)
+
+
+def _failed_before_first_step(run: RunDirectory) -> bool:
+    """Whether the run has neither a logged step nor a checkpoint, an adapter or any file that is not affina's."""
+    try:
+        if run.read_manifest().get("status") != "failed":
+            return False
+    except RunError:
+        return False
+    own = {run.manifest_file, run.config_file, run.origins_file, run.events_file, run.data, run.checkpoints}
+    return set(run.path.iterdir()) <= own and not any(run.checkpoints.glob("*"))
+
+
+def _clear_failed(run: RunDirectory) -> None:
+    # The manifest goes last: until then a killed process leaves what is still known to be a failed run.
+    shutil.rmtree(run.data, ignore_errors=True)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    for file in (run.config_file, run.origins_file, run.events_file, run.manifest_file):
+        with contextlib.suppress(OSError):  # create_run says what cannot be written
+            file.unlink(missing_ok=True)
 
 
 def open_run(path: Path) -> RunDirectory:

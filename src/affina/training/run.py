@@ -96,9 +96,12 @@ def run_training(
     optimizer = build_optimizer(parameters, build_optimizer_options(config.training))
     state = TrainState()
     if checkpoint is not None:
-        state = _restore(checkpoint, model, optimizer, run)
+        state = _restore(checkpoint, model, optimizer)
 
     source, num_steps, num_samples = _build_source(config, data, tokenizer, device, state)
+    if checkpoint is not None:
+        # Only now: a resume that was refused above must leave the records of the steps after the checkpoint.
+        JsonLinesFile(run.metrics_file).keep_until_step(checkpoint.step)
     validation_tokens = int(data.validation.lengths.sum())
     tokens_per_step = _tokens_per_step(config, data)
     settings = build_settings(
@@ -121,6 +124,11 @@ def run_training(
     )
     if checkpoint is not None:
         observers.event("resumed", f"continues from step {state.step}", step=state.step)
+    for finding in data.report.findings if data.report is not None and checkpoint is None else ():
+        if finding.level != "note":
+            observers.event(
+                "data", f"{finding.what}; {finding.fix}" if finding.fix else finding.what, code=finding.code
+            )
     for note in loaded.notes:
         observers.event("note", note)
     observers.start(
@@ -241,13 +249,10 @@ class PeakMemory:
         return memory_stats(self._device).peak_bytes
 
 
-def _restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunDirectory
-) -> TrainState:
+def _restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     require_whole(checkpoint)
     restore_adapter_weights(model, checkpoint.path)
     restore_optimizer(optimizer, checkpoint.path)
-    JsonLinesFile(run.metrics_file).keep_until_step(checkpoint.step)
     return restore_state(checkpoint.path)
 
 
@@ -279,7 +284,8 @@ def _build_source(
         raise RunError(
             "resume-past-end",
             f"the checkpoint is at step {state.step}, the run has only {plan.num_steps}",
-            fix="raise training.epochs or training.max_steps",
+            why="config.yaml of the run was changed after it began",
+            fix="put training.epochs and training.max_steps of the run's config.yaml back to what they were",
         )
     planned = PlannedBatches(data.train, plan, pad_token_id=tokenizer.pad_id, device=device)
     return planned, plan.num_steps, len(data.train)
@@ -350,5 +356,5 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
         "out-of-memory",
         "the device ran out of memory in a training step",
         why=str(error).splitlines()[0],
-        fix="one of: " + "; ".join(advice) + "; then --resume continues from the last checkpoint",
+        fix="start a new run with one of: " + "; ".join(advice),
     )

@@ -93,8 +93,8 @@ class StreamedBatches:
             raise TrainingError(
                 "stream-empty",
                 f"the data stream ended before step {self._next_step} of {self._num_steps}",
-                why="data.streaming reads the sources once per pass and found nothing more",
-                fix="lower training.max_steps, or add data",
+                why="a whole pass over the sources gave no usable record; data.on_error: skip leaves faulty ones out",
+                fix="set data.on_error: fail to see what is wrong with the records",
             )
         return rows
 
