@@ -11,6 +11,7 @@ are loaded when a verb needs them. Values go from one package to the next here; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from affina.config import ResolvedConfig, load_config, load_mapping, load_stored_config
 from affina.errors import AffinaError, RunError
@@ -26,6 +27,7 @@ from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
 from affina.runs.directory import RunDirectory, create_run, default_name, now, open_run, process_identity
 from affina.runs.directory import list_runs as find_runs
+from affina.training.callbacks import BaseCallback
 
 if TYPE_CHECKING:
     from affina.config.schema import RunConfig
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from affina.export.merge import MergeReport
     from affina.models.build import LoadedModel
     from affina.runs.index import RunComparison, RunSummary
-    from affina.training.callbacks import Callback
+    from affina.training.callbacks import Callback, RunFacts
     from affina.training.run import TrainingOutcome
 
 ConfigLike = str | Path | Mapping[str, Any] | ResolvedConfig | None
@@ -141,6 +143,7 @@ def train(
         {
             **({} if checkpoint else {"created": now(), "affina": _version(), "name": run.name}),
             "status": "running",
+            "error": None,
             "command": shlex.join(["affina", *sys.argv[1:]]) if sys.argv and "affina" in sys.argv[0] else None,
             "config_hash": resolved.hash(),
             "model": settings.model.path,
@@ -150,11 +153,13 @@ def train(
         }
     )
     started = time.monotonic()
+    status: Literal["interrupted", "finished"] | None = None  # None while training has not ended
+    first_step = _FirstStep()
     try:
         _check_model(settings)
         tokenizer, data = _tokenizer_and_data(settings)
         _record_data(run, data, is_resumed=checkpoint is not None)
-        loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, callbacks)
+        loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, (first_step, *callbacks))
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
         run.update_manifest(
             {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
@@ -162,15 +167,8 @@ def train(
         evaluation = None
         if status == "finished" and settings.evaluation.enabled and len(data.validation):
             evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded, progress)
-    except AffinaError as error:
-        # A refused resume has changed nothing: the run is what it was.
-        is_untouched = checkpoint is not None and error.code.startswith(("resume-", "checkpoint-damaged"))
-        failure = {"status": "failed", "error": error.to_dict()}
-        run.update_manifest({"status": before["status"]} if is_untouched else failure)
-        run.log_event("failed", error.what, code=error.code)
-        raise
     except BaseException as error:
-        run.update_manifest({"status": "failed", "error": {"code": "unexpected", "what": repr(error)}})
+        _record_failure(run, error, after_training=status, before=None if first_step.is_reached else before)
         raise
     return TrainResult(
         run=run.path,
@@ -192,6 +190,41 @@ def train(
         evaluation=evaluation,
         report=run.evaluation / "report.html" if evaluation is not None else None,
     )
+
+
+class _FirstStep(BaseCallback):
+    """Knows whether training came as far as its first step: from there on the run's files are others."""
+
+    def __init__(self) -> None:
+        self.is_reached = False
+
+    def on_start(self, facts: RunFacts) -> None:
+        self.is_reached = True
+
+
+def _record_failure(
+    run: RunDirectory, error: BaseException, *, after_training: str | None, before: Mapping[str, Any] | None
+) -> None:
+    """Leave in the run how it ended. Where the disk refuses that too, the error itself is what is told.
+
+    after_training: how training ended: a failed comparison afterwards does not undo it; None: it has not ended
+    before:         the manifest of the run that should be continued, as long as nothing of that run has changed
+    """
+    failure: Mapping[str, Any] | None = {"code": "unexpected", "what": repr(error)}
+    if isinstance(error, AffinaError):
+        failure = error.to_dict()
+    elif isinstance(error, KeyboardInterrupt):
+        failure = None
+    with contextlib.suppress(OSError):
+        if failure is not None:
+            kind = "failed" if after_training is None else "evaluation-failed"
+            run.log_event(kind, str(failure["what"]), code=failure["code"])
+        if after_training is not None:
+            return
+        if before:
+            run.update_manifest({"status": before["status"], "error": before.get("error")})
+        else:
+            run.update_manifest({"status": "interrupted" if failure is None else "failed", "error": failure})
 
 
 def _check_model(settings: RunConfig) -> None:
@@ -228,7 +261,8 @@ def evaluate(
 
     progress: called with a stage, and how much of it is done and there is
 
-    Raises RunError when the run has no adapter, EvaluationError when it has no validation records.
+    Raises RunError when the run has no adapter and when other records would be held out now, EvaluationError when there
+    are no validation records.
     """
     directory = _finished_run(run)  # before torch is imported: a mistyped name is told at once
     from affina.models.build import load_for_inference
@@ -241,8 +275,9 @@ def evaluate(
         settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=given)})
     tokenizer, data = _tokenizer_and_data(settings)
     _check_template(directory, data.contract)
+    notes = _check_validation(directory, settings, data)
     loaded = load_for_inference(settings, directory.adapter)
-    return _evaluate_loaded(directory, settings, data, tokenizer, loaded, progress)
+    return _evaluate_loaded(directory, settings, data, tokenizer, loaded, progress, notes)
 
 
 def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> MergeReport:
@@ -297,11 +332,29 @@ def _evaluate_loaded(
     tokenizer: LoadedTokenizer,
     loaded: LoadedModel,
     progress: Progress | None,
+    notes: Sequence[str] = (),
 ) -> EvaluationResult:
     from affina.evaluation.build import evaluate_run
     from affina.evaluation.perplexity import no_progress
 
-    return evaluate_run(run, settings, data, tokenizer, loaded, progress=progress or no_progress)
+    return evaluate_run(run, settings, data, tokenizer, loaded, progress=progress or no_progress, notes=notes)
+
+
+def _check_validation(run: RunDirectory, settings: RunConfig, data: RunData) -> list[str]:
+    """Refuse validation records that the run may have been trained on; what to know about other changes."""
+    if data.report is None or not (run.data / "splits.json").is_file():
+        return []
+    stored = json.loads((run.data / "splits.json").read_text(encoding="utf-8"))
+    if stored.get("validation") == data.report.split.get("validation"):
+        return []
+    if settings.data.validation:
+        return ["the validation set has changed since the run was trained"]
+    raise RunError(
+        "validation-changed",
+        f"the data of {run.path} has changed, and other records would be held out now than when it was trained",
+        why="some of them were trained on: the adapter would look better than it is",
+        fix="put the data back as it was, or start a new run",
+    )
 
 
 def _tokenizer_and_data(settings: RunConfig) -> tuple[LoadedTokenizer, RunData]:

@@ -273,7 +273,7 @@ def test_streaming_trains_and_resumes_to_the_same_bits(
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # plain PEFT's
 def test_a_real_trained_model_of_another_family_is_fine_tuned(real_data_folder: Any, tmp_path: Path) -> None:
-    """stories260K is a trained Llama without chat template: plain text, all tokens, loss falls, adapter loads in PEFT."""
+    """stories260K, a Llama without chat template: plain text is learnt and the adapter loads in PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -8,15 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from affina.cli.live import (
-    LiveView,
-    PlainLines,
-    format_bytes,
-    format_count,
-    format_seconds,
-    sparkline,
-    training_view,
-)
+from affina.cli.live import LiveView, PlainLines, sparkline, training_view
+from affina.runs.units import format_bytes, format_count, format_seconds
 from affina.training.callbacks import RunFacts, StepMetrics, ValidationMetrics
 
 FACTS = RunFacts(

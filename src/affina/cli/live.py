@@ -13,33 +13,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from affina.runs.units import format_bytes, format_count, format_seconds
+
 if TYPE_CHECKING:  # training imports torch; the command line must start without it
     from affina.training.callbacks import RunFacts, StepMetrics, ValidationMetrics
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=*#"
-
-
-def format_seconds(seconds: float) -> str:
-    """`45 s`, `3:07 min`, `2:05 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """`812 MiB`, `5.31 GiB`."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
-
-
-def format_count(count: float) -> str:
-    """`1.85 M`, `33.0 M`, `4.02 B`, `812`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
 
 
 def sparkline(values: list[float], width: int, *, blocks: str = _BLOCKS) -> str:

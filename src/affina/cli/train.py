@@ -13,6 +13,7 @@ from rich.console import Console
 from affina.cli import render
 from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
 from affina.cli.progress import stage_progress
+from affina.errors import AffinaError
 
 if TYPE_CHECKING:
     from affina.api import TrainResult
@@ -58,14 +59,21 @@ def train_command(
             shown[0](stage, done, total)
 
         stack.callback(view.on_end, {})
-        result = api.train(
-            config,
-            overrides=overrides or (),
-            preset=preset,
-            resume=True if resume == _LATEST else resume,
-            callbacks=(view,),
-            progress=progress,
-        )
+        try:
+            result = api.train(
+                config,
+                overrides=overrides or (),
+                preset=preset,
+                resume=True if resume == _LATEST else resume,
+                callbacks=(view,),
+                progress=progress,
+            )
+        except (AffinaError, KeyboardInterrupt):
+            if shown and view.facts is not None:  # the comparison had begun, hence training had ended
+                stack.close()
+                run = view.facts.directory
+                render.log(f"training is finished and its adapter saved; the comparison again: affina eval {run}")
+            raise
     if as_json:
         render.print_json(result.to_dict())
     else:
@@ -76,8 +84,8 @@ def train_command(
 
 def print_train_result(console: Console, result: TrainResult) -> None:
     """How the run ended, what it brought, where things are, and what to type next."""
-    from affina.cli.live import format_bytes, format_seconds
     from affina.evaluation.terminal import print_result
+    from affina.runs.units import format_bytes, format_seconds
 
     if result.status == "interrupted":
         console.print(f"stopped at step {result.steps}; everything up to there is saved")

@@ -42,8 +42,11 @@ def evaluate_run(
     loaded: LoadedModel,
     *,
     progress: Progress = no_progress,
+    notes: Sequence[str] = (),
 ) -> EvaluationResult:
     """Base against adapter on the run's validation records; writes evaluation/ and returns the result with its paths.
+
+    notes: sentences that the result carries besides its own
 
     Raises EvaluationError `evaluation-no-records` for a run without validation data, `evaluation-not-finite`.
     """
@@ -58,7 +61,7 @@ def evaluate_run(
         tasks,
         sample_groups=groups,
         settings=compare_settings(settings, loaded.device),
-        notes=_notes(data, samples, skipped),
+        notes=[*notes, *_notes(data, samples, skipped)],
         progress=progress,
     )
     return save_result(run, replace(result, seconds=round(time.monotonic() - started, 1)))

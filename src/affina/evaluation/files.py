@@ -21,6 +21,7 @@ from affina.evaluation.compare import EvaluationResult
 from affina.evaluation.report import Command, Fact, ReportData, config_rows, write_report
 from affina.runs import atomic
 from affina.runs.directory import RunDirectory
+from affina.runs.units import format_bytes, format_seconds
 
 RESULT_FILE = "result.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -173,13 +174,13 @@ def _run_facts(run: RunDirectory, manifest: Mapping[str, Any], config: Mapping[s
         add("Adapter of step", f"{training['saved_step']:,}", "the lowest validation loss")
     seconds = training.get("seconds", last.get("seconds"))
     if _is_number(seconds):
-        add("Training time", format_duration(seconds), "without loading, validation and evaluation")
+        add("Training time", format_seconds(seconds), "without loading, validation and evaluation")
     speed = training.get("tokens_per_second", last.get("tokens_per_second"))
     if _is_number(speed):
         add("Speed", f"{speed:,.0f} tokens/s", "without padding")
     memory = training.get("peak_memory_bytes", last.get("memory_bytes"))
     if _is_number(memory) and memory > 0:
-        add("Peak memory", format_gib(memory))
+        add("Peak memory", format_bytes(memory))
     add("Device", get(manifest, "environment", "device"))
     error = manifest.get("error")
     if isinstance(error, Mapping):
@@ -195,20 +196,6 @@ def _targets(targets: Any) -> str:
     if targets == "all-linear":
         return "all linear layers"
     return ", ".join(map(str, targets)) if isinstance(targets, list) else ""
-
-
-def format_duration(seconds: float) -> str:
-    """`45 s`, `12 min 30 s`, `3 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-
-
-def format_gib(num_bytes: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _data_facts(report: Mapping[str, Any]) -> list[Fact]:

@@ -103,25 +103,29 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
     if wanted == "auto":
         wanted = _PRECISIONS_OF_DTYPES[config.model.dtype]
     dtype, precision_note = choose_precision(wanted, device)
-    quantization = config.quantization
-    weight_format = None
-    if quantization.method == "nf4":
-        weight_format = Nf4Options(
-            double_quantization=quantization.double_quantization,
-            scale_search=quantization.scale_search,
-            skip_modules=quantization.skip_modules,
-        )
     base = load_causal_lm(
         config.model.path,
         revision=config.model.revision,
         dtype=dtype,
         device=device,
-        weight_format=weight_format,
+        weight_format=weight_format(config),
         trust_remote_code=config.model.trust_remote_code,
         cache_dequantized_bytes=DENSE_CACHE_BYTES if device.type == "cpu" else 0,
     )
     notes = [note for note in (precision_note, *load_notes(base)) if note]
     return base, device, notes
+
+
+def weight_format(config: RunConfig) -> Nf4Options | None:
+    """How the config wants the frozen linear layers stored; None: as the checkpoint has them."""
+    quantization = config.quantization
+    if quantization.method == "none":
+        return None
+    return Nf4Options(
+        double_quantization=quantization.double_quantization,
+        scale_search=quantization.scale_search,
+        skip_modules=quantization.skip_modules,
+    )
 
 
 def _describe(

@@ -150,15 +150,15 @@ def default_name(stem: str) -> str:
 def create_run(root: Path, name: str) -> RunDirectory:
     """A new, empty run directory.
 
-    A run that failed before its first step holds nothing but its error: its directory is used again, so that a
-    corrected mistake does not cost the name.
+    A run that failed or was stopped before its first step holds nothing but its error: its directory is used again, so
+    that a corrected mistake does not cost the name.
 
     Raises RunError `run-exists` when the directory already holds something, `run-not-writable` when it cannot be
     made or written.
     """
     path = root / name
-    if (path / MANIFEST_FILE).is_file() and _failed_before_first_step(RunDirectory(path)):
-        _clear_failed(RunDirectory(path))
+    if (path / MANIFEST_FILE).is_file() and _ended_before_first_step(RunDirectory(path)):
+        _clear_ended(RunDirectory(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "a run" if (path / MANIFEST_FILE).exists() else "files that are not a run of affina's"
         raise RunError(
@@ -184,10 +184,10 @@ def create_run(root: Path, name: str) -> RunDirectory:
     return RunDirectory(path)
 
 
-def _failed_before_first_step(run: RunDirectory) -> bool:
+def _ended_before_first_step(run: RunDirectory) -> bool:
     """Whether the run has neither a logged step nor a checkpoint, an adapter or any file that is not affina's."""
     try:
-        if run.read_manifest().get("status") != "failed":
+        if run.status() not in ("failed", "interrupted"):
             return False
     except RunError:
         return False
@@ -195,7 +195,7 @@ def _failed_before_first_step(run: RunDirectory) -> bool:
     return set(run.path.iterdir()) <= own and not any(run.checkpoints.glob("*"))
 
 
-def _clear_failed(run: RunDirectory) -> None:
+def _clear_ended(run: RunDirectory) -> None:
     # The manifest goes last: until then a killed process leaves what is still known to be a failed run.
     shutil.rmtree(run.data, ignore_errors=True)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
