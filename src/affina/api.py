@@ -157,7 +157,7 @@ def train(
     first_step = _FirstStep()
     try:
         _check_model(settings)
-        tokenizer, data = _tokenizer_and_data(settings)
+        tokenizer, data = _tokenizer_and_data(settings, before.get("template"))
         _record_data(run, data, is_resumed=checkpoint is not None)
         loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, (first_step, *callbacks))
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
@@ -273,8 +273,7 @@ def evaluate(
     given = {key: value for key, value in changes.items() if value is not None}
     if given:
         settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=given)})
-    tokenizer, data = _tokenizer_and_data(settings)
-    _check_template(directory, data.contract)
+    tokenizer, data = _tokenizer_and_data(settings, _saved_contract(directory))
     notes = _check_validation(directory, settings, data)
     loaded = load_for_inference(settings, directory.adapter)
     return _evaluate_loaded(directory, settings, data, tokenizer, loaded, progress, notes)
@@ -283,9 +282,12 @@ def evaluate(
 def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> MergeReport:
     """Write base + adapter as one plain transformers model into `output`, and verify its logits before returning."""
     directory = _finished_run(run)
+    from affina.data.build import template_from_config
     from affina.export.build import merge_run
 
-    return merge_run(directory, _run_config(directory).config, Path(output), dtype=dtype)
+    settings = _run_config(directory).config
+    _check_template(directory, template_from_config(settings).contract())
+    return merge_run(directory, settings, Path(output), dtype=dtype)
 
 
 def open_chat(run: RunLike) -> ChatSession:
@@ -357,20 +359,34 @@ def _check_validation(run: RunDirectory, settings: RunConfig, data: RunData) -> 
     )
 
 
-def _tokenizer_and_data(settings: RunConfig) -> tuple[LoadedTokenizer, RunData]:
-    from affina.data.build import tokenizer_from_config
+def _tokenizer_and_data(
+    settings: RunConfig, contract: Mapping[str, Any] | None = None
+) -> tuple[LoadedTokenizer, RunData]:
+    """Tokenizer and data of a config. `contract`: what the run was trained with, which both must still be.
+
+    The template is compared before the data is read: with another one its records may not even be readable.
+    """
+    from affina.data.build import template_from_config, tokenizer_from_config
     from affina.data.run_data import open_run_data
+    from affina.data.templates import check_contract
 
     tokenizer = tokenizer_from_config(settings.model)
+    if contract is not None:
+        check_contract(contract, template_from_config(settings, tokenizer).contract())
     return tokenizer, open_run_data(settings, tokenizer)
+
+
+def _saved_contract(run: RunDirectory) -> Mapping[str, Any] | None:
+    from affina.models.adapters import read_adapter_info
+
+    return read_adapter_info(run.adapter).contract
 
 
 def _check_template(run: RunDirectory, contract: Mapping[str, Any]) -> None:
     """Refuse to use an adapter under another template than it was trained with."""
     from affina.data.templates import check_contract
-    from affina.models.adapters import read_adapter_info
 
-    saved = read_adapter_info(run.adapter).contract
+    saved = _saved_contract(run)
     if saved is not None:
         check_contract(saved, contract)
 
@@ -406,6 +422,13 @@ def _finished_run(run: RunLike) -> RunDirectory:
 
 def _run_config(run: RunDirectory) -> ResolvedConfig:
     """The config that a run was started with."""
+    if not run.config_file.is_file():
+        raise RunError(
+            "run-unreadable",
+            f"{run.path} has no {run.config_file.name}",
+            why="base model, data and settings of the run are in it",
+            fix="restore it, or name another run (`affina runs` lists them); adapter/ still loads with PEFT alone",
+        )
     origins = json.loads(run.origins_file.read_text(encoding="utf-8")) if run.origins_file.is_file() else None
     return load_stored_config(run.config_file, origins)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import affina
-from affina.errors import AffinaError, RunError, TrainingError
+from affina.errors import AffinaError, AffinaErrors, RunError, TrainingError
 from affina.runs.checkpoints import list_checkpoints
 from affina.runs.directory import RunDirectory
 from affina.training.callbacks import BaseCallback, StepMetrics
@@ -175,10 +175,41 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
     assert missing.value.code == "checkpoint-missing"
     assert "holds no checkpoint" in missing.value.what
     assert missing.value.why == "the run ended before its first one"
-    assert "output.name" in str(missing.value.fix)
+    assert "start it again without --resume" in str(missing.value.fix)
+    monkeypatch.undo()
+    assert affina.train(config).steps == 5, "the way on that was named"
 
 
 # Data
+
+
+def test_samples_longer_than_the_models_context_are_refused_before_anything_is_loaded(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, data__max_length=1025)
+    with pytest.raises(AffinaErrors) as caught:
+        affina.check(config)
+    assert caught.value.code == "longer-than-context"
+    assert caught.value.what == f"data.max_length is 1,025 tokens; {tiny_model_folder} reads 1,024"
+    assert "`max_length: 1024` or less" in str(caught.value.fix)
+    config["data"]["max_length"] = 1024
+    assert affina.check(config).config.data.max_length == 1024
+
+
+def test_other_validation_records_than_those_held_out_in_training_are_refused(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    result = affina.train(make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3))
+    before = chats_file.read_text()
+    chats_file.write_text(before + before.replace("say", "tell me"))
+    with pytest.raises(RunError) as caught:
+        affina.evaluate(result.run)
+    assert caught.value.code == "validation-changed"
+    assert f"the data of {result.run} has changed" in caught.value.what
+    assert "some of them were trained on" in str(caught.value.why)
+    assert "put the data back" in str(caught.value.fix)
+    chats_file.write_text(before)
+    assert affina.evaluate(result.run, max_generations=1).run == str(result.run)
 
 
 def test_a_stream_of_which_every_record_is_left_out_ends_the_run(

@@ -414,6 +414,7 @@ def describe_tokenizer_without_probe(template: str) -> LoadedTokenizer:
 def test_a_reply_that_the_template_does_not_close_is_refused() -> None:
     half_open = (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{%- for call in m.tool_calls or [] %}{{- call.function.name + call.function.arguments | tojson }}{%- endfor %}"
         "{%- if loop.last or m.role != 'assistant' %}{{- '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
     )
@@ -428,6 +429,9 @@ def test_a_reply_that_the_template_does_not_close_is_refused() -> None:
     assert "never to stop" in str(caught.value.why)
     assert "train: false" in str(caught.value.fix)
     assert "(c.jsonl:7)" in str(caught.value)
+    called = (user("q"), reply("", tool_calls=(CALL,)), Message("tool", "sunny"), reply("b"))
+    with pytest.raises(DataError, match="no end-of-turn token after message 1"):
+        template.encode(Conversation(called))
     (untrained,) = template.encode(Conversation((user("q"), reply("a", train=False), user("r"), reply("b"))))
     assert trained_runs(untrained.sample, template.tokenizer) == ["b<|im_end|>"]
 

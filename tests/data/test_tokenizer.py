@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,25 @@ def test_a_folder_that_does_not_exist_is_named(path: str) -> None:
 
 
 def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(tmp_path), local=True)
+    assert caught.value.code == "tokenizer-not-found"
+    assert caught.value.what == f"{tmp_path} holds no tokenizer"
+    assert "copy tokenizer.json" in str(caught.value.fix)
+
+
+UNKNOWN_MODEL = json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "of a later version"}})
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", UNKNOWN_MODEL])
+def test_a_damaged_tokenizer_is_refused_with_its_fault(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ModelError, match="no tokenizer could be loaded") as caught:
         load_tokenizer(str(tmp_path), local=True)
     assert caught.value.code == "tokenizer-not-found"
-    assert "tokenizer.json" in str(caught.value)
+    assert caught.value.why
+    assert "holds tokenizer.json and tokenizer_config.json" in str(caught.value.fix)
 
 
 def test_a_model_whose_licence_must_be_accepted_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

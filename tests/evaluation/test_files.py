@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from affina.evaluation.files import (
-    next_commands,
-    read_report_data,
-    save_result,
-)
+from affina.evaluation.files import method_name, next_commands, read_report_data, save_result
 from affina.evaluation.report import render_report
 from affina.runs.directory import RunDirectory
 from tests.evaluation.test_terminal import make

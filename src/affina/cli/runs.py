@@ -18,7 +18,7 @@ from affina.errors import AffinaError
 if TYPE_CHECKING:
     from affina.runs.index import RunComparison, RunSummary
 
-_STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+_STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "damaged": "red"}
 
 RunsArgument = Annotated[
     list[Path] | None,

@@ -62,7 +62,8 @@ def split_groups(
     if len(sizes) < 2:
         raise DataError(
             "cannot-split",
-            f"all {num_records} records belong to one group, so no validation set can be split off",
+            (f"all {num_records:,} records belong to one group" if num_records > 1 else "there is only one record")
+            + ", so no validation set can be split off",
             why="records of one group (same conversation, document or near duplicates) stay together",
             fix="name a separate data.validation, set data.validation_fraction: 0, or check columns.group",
         )

@@ -111,7 +111,7 @@ class ChatTemplate:
         self._segment_ids: dict[str, tuple[int, ...]] = {}
         self._special_ids = frozenset(int(i) for i, t in tokenizer.hf.added_tokens_decoder.items() if t.special)
         self._header, self._prompt_on, self._prompt_off, self._renders_reasoning = self._probe()
-        self._leaves_replies_open = self._probe_open_replies()
+        self._open_before = self._probe_open_replies()
         self.empty_block = self._find_empty_block()
         """What the template adds to the prompt when thinking is off; "" where it has no such switch."""
 
@@ -153,17 +153,25 @@ class ChatTemplate:
         reasoned = render_probe(hf, [user, {**reply, "reasoning_content": "affinaprobereason"}])
         return header, prompt_on, prompt_off, reasoned is not None and "affinaprobereason" in reasoned
 
-    def _probe_open_replies(self) -> bool:
-        """Whether the template writes no end of turn between a reply and the question that follows it."""
+    def _probe_open_replies(self) -> frozenset[str]:
+        """The roles before whose turns the template writes no end of turn after a reply: "user", "tool"."""
         if not self.tokenizer.has_template:
-            return False
+            return frozenset()
         user = {"role": "user", "content": "affinaprobequestion"}
         reply = {"role": "assistant", "content": "affinaprobereply"}
-        text = render_probe(self.tokenizer.hf, [user, reply, user, reply])
-        if text is None or text.count("affinaprobereply") != 2:
-            return False
-        between = text.partition("affinaprobereply")[2].partition("affinaprobequestion")[0]
-        return self._end_of_turn.search(between) is None
+        function = {"name": "affinaprobecall", "arguments": {"n": 1}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        result = {"role": "tool", "name": "affinaprobecall", "content": "affinaproberesult"}
+        probes = {
+            "user": ([user, reply, user, reply], "affinaprobereply", "affinaprobequestion"),
+            "tool": ([user, call, result, reply], "affinaprobecall", "affinaproberesult"),
+        }
+        return frozenset(
+            role
+            for role, (messages, own, following) in probes.items()
+            if (between := _text_between(render_probe(self.tokenizer.hf, messages), own, following)) is not None
+            and self._end_of_turn.search(between) is None
+        )
 
     # Rendering
 
@@ -308,11 +316,10 @@ class ChatTemplate:
     ) -> re.Match[str] | None:
         """The end of turn of message `index`, whose own text ends at `start`; None where the template writes none.
 
-        Where it leaves a reply open, the next end of turn is that of the question: what the user wrote would be
-        trained.
+        Where it leaves a reply open, the next end of turn is that of the turn after it: what the user wrote, or a
+        tool's result, would be trained.
         """
-        is_before_question = index + 1 < len(messages) and messages[index + 1]["role"] == "user"
-        if self._leaves_replies_open and is_before_question:
+        if index + 1 < len(messages) and messages[index + 1]["role"] in self._open_before:
             return None
         return self._end_of_turn.search(text, start, limit)
 
@@ -673,18 +680,20 @@ def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     The error names everything that differs, with both values. A value that one side does not know (None for
     `enable_thinking`) is no difference.
     """
+    different = [key for key in _CONTRACT_NAMES if _differs(key, saved.get(key), current.get(key))]
+    if "template_sha256" in different and "tokenizer_sha256" in different:
+        different.remove("tokenizer_sha256")  # it covers the template, hence says nothing more
     differences = [
-        f"{name} ({_shorten(saved.get(key))} when trained, {_shorten(current.get(key))} now)"
-        for key, name in _CONTRACT_NAMES.items()
-        if _differs(key, saved.get(key), current.get(key))
+        f"{_CONTRACT_NAMES[key]} ({_shorten(saved.get(key))} when trained, {_shorten(current.get(key))} now)"
+        for key in different
     ]
     if differences:
         raise DataError(
             "template-contract-broken",
             f"this is not the layout that the adapter was trained with: {'; '.join(differences)}",
             why="the model would be asked with other tokens than it has learnt from, and silently answer worse",
-            fix="use the tokenizer that is stored with the adapter, and the data.thinking and data.system_prompt "
-            "of its run",
+            fix="put the model's tokenizer and chat template back as they were when it was trained, and use the "
+            "data.thinking and data.system_prompt of its run; or train again",
         )
 
 
@@ -720,6 +729,13 @@ def _append(ids: Any, token_id: int) -> Any:
     import numpy as np
 
     return np.append(ids, np.int32(token_id)).astype(np.int32)
+
+
+def _text_between(text: str | None, first: str, second: str) -> str | None:
+    """What stands between the first `first` and the next `second`; None where they are not there in this order."""
+    _, found_first, rest = (text or "").partition(first)
+    between, found_second, _ = rest.partition(second)
+    return between if found_first and found_second else None
 
 
 def _suffix(text: str | None, prefix: str) -> str:

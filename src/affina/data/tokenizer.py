@@ -104,19 +104,12 @@ def load_tokenizer(
             use_fast=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if _asks_for_licence(error):
-            raise ModelError(
-                "model-gated",
-                f"{path} asks you to accept its licence first",
-                fix=f"accept it on https://huggingface.co/{path}, then: hf auth login",
-            ) from error
-        raise ModelError(
-            "tokenizer-not-found",
-            f"no tokenizer could be loaded from {path!r}",
-            why=_first_line(error),
-            fix="point model.path to a folder that holds tokenizer.json and tokenizer_config.json, "
-            "or to a model id that the hub knows",
-        ) from error
+        raise _not_loaded(path, error) from error
+    except Exception as error:
+        # tokenizers raises exactly this, and no class of its own, for a tokenizer.json that it cannot read.
+        if type(error) is not Exception:
+            raise
+        raise _not_loaded(path, error) from error
     return describe_tokenizer(hf, name=path)
 
 
@@ -155,6 +148,22 @@ def describe_tokenizer(hf: Any, *, name: str) -> LoadedTokenizer:
         pad_id=pad_id,
         fingerprint=_fingerprint(hf),
         notes=notes,
+    )
+
+
+def _not_loaded(path: str, error: Exception) -> ModelError:
+    if _asks_for_licence(error):
+        return ModelError(
+            "model-gated",
+            f"{path} asks you to accept its licence first",
+            fix=f"accept it on https://huggingface.co/{path}, then: hf auth login",
+        )
+    return ModelError(
+        "tokenizer-not-found",
+        f"no tokenizer could be loaded from {path!r}",
+        why=_first_line(error),
+        fix="point model.path to a folder that holds tokenizer.json and tokenizer_config.json, "
+        "or to a model id that the hub knows",
     )
 
 

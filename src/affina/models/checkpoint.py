@@ -100,7 +100,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError("config-damaged", f"config.json is not JSON: {error}", where=Location(path)) from error
+        raise _damaged_config(path, f"config.json is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError("config-damaged", "config.json is not a JSON object", where=Location(path))
+        raise _damaged_config(path, "config.json is not a JSON object")
     return content
+
+
+def _damaged_config(path: Path, what: str) -> ModelError:
+    return ModelError("config-damaged", what, fix="download or copy the model again", where=Location(path))

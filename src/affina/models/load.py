@@ -138,7 +138,12 @@ def _auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_c
             where=where,
         )
     if not raw.get("model_type"):
-        raise ModelError("model-type-unknown", f"{path} does not say what it is: no model_type", where=where)
+        raise ModelError(
+            "model-type-unknown",
+            f"{path} does not say what it is: no model_type",
+            fix="download the model again; a config.json of transformers has a model_type",
+            where=where,
+        )
     if not _is_known(raw["model_type"]) and not trust_remote_code:
         import transformers
 
@@ -154,6 +159,7 @@ def _auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_c
         raise ModelError(
             "config-damaged",
             f"config.json does not describe a {raw['model_type']} model: {str(error).splitlines()[0]}",
+            fix="undo what was changed in it, or download the model again",
             where=where,
         ) from error
     if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:

@@ -33,7 +33,9 @@ from affina.errors import RunError
 from affina.runs import atomic
 from affina.runs.jsonlines import JsonLinesFile, read_json_lines
 
-Status = Literal["running", "finished", "failed", "interrupted"]
+Status = Literal["running", "finished", "failed", "interrupted", "damaged"]
+"""damaged: run.json cannot be read; every other is what training left in it."""
+
 MANIFEST_FILE = "run.json"
 
 
@@ -86,12 +88,14 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as it was last written."""
         try:
-            manifest: dict[str, Any] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("it is no JSON object")
         except (OSError, ValueError) as error:
             raise RunError(
                 "run-unreadable",
                 f"{self.manifest_file} cannot be read: {error}",
-                fix="name another run (`affina runs` lists them)",
+                fix="restore it, or name another run (`affina runs` lists them)",
             ) from error
         return manifest
 
@@ -104,7 +108,10 @@ class RunDirectory:
 
     def status(self) -> Status:
         """The run's state; a run marked running whose process is gone counts as interrupted."""
-        manifest = self.read_manifest()
+        try:
+            manifest = self.read_manifest()
+        except RunError:
+            return "damaged"
         status: Status = manifest.get("status", "failed")
         if status == "running" and not _is_process_alive(manifest.get("pid"), manifest.get("process_started")):
             return "interrupted"
@@ -186,10 +193,7 @@ def create_run(root: Path, name: str) -> RunDirectory:
 
 def _ended_before_first_step(run: RunDirectory) -> bool:
     """Whether the run has neither a logged step nor a checkpoint, an adapter or any file that is not affina's."""
-    try:
-        if run.status() not in ("failed", "interrupted"):
-            return False
-    except RunError:
+    if run.status() not in ("failed", "interrupted"):
         return False
     own = {run.manifest_file, run.config_file, run.origins_file, run.events_file, run.data, run.checkpoints}
     return set(run.path.iterdir()) <= own and not any(run.checkpoints.glob("*"))
@@ -219,11 +223,18 @@ def open_run(path: Path) -> RunDirectory:
 
 
 def list_runs(root: Path) -> list[RunDirectory]:
-    """The runs in a folder, oldest first."""
+    """The runs in a folder, oldest first; those whose manifest is damaged before all others."""
     if not root.is_dir():
         return []
     runs = [RunDirectory(entry) for entry in root.iterdir() if (entry / MANIFEST_FILE).is_file()]
-    return sorted(runs, key=lambda run: (run.read_manifest().get("created", ""), run.name))
+    return sorted(runs, key=lambda run: (_created(run), run.name))
+
+
+def _created(run: RunDirectory) -> str:
+    try:
+        return str(run.read_manifest().get("created", ""))
+    except RunError:
+        return ""
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:
@@ -232,7 +243,11 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise RunError(
             "disk-full",
-            f"{folder} has {free / 1e9:.2f} GB free; this run's checkpoints need {num_bytes / 1e9:.2f} GB",
+            f"{folder} has {_format_bytes(free)} free; this run's checkpoints need {_format_bytes(num_bytes)}",
             why="training would stop at a checkpoint",
             fix="free some space, point output.directory to another disk, or lower training.keep_last",
         )
+
+
+def _format_bytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

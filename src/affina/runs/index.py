@@ -55,8 +55,10 @@ class RunComparison:
 
 
 def summarize(run: RunDirectory) -> RunSummary:
-    """What the manifest, the metrics and the evaluation say, of a finished run or one that is under way."""
-    manifest = run.read_manifest()
+    """What the manifest, the metrics and the evaluation say, of a finished run, one that is under way, or one whose
+    manifest is damaged."""
+    status = run.status()
+    manifest = run.read_manifest() if status != "damaged" else {}
     training = manifest.get("training") or {}
     evaluation = read_evaluation(run)
     base, tuned = evaluation.get("base") or {}, evaluation.get("tuned") or {}
@@ -73,7 +75,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         name=run.name,
         path=run.path,
         created=manifest.get("created"),
-        status=run.status(),
+        status=status,
         model=manifest.get("model"),
         method=_method(manifest),
         num_steps=training.get("num_steps", last_step.get("step")),

@@ -274,7 +274,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(
             "adapter-damaged", f"{path.name} is not JSON: {error}", fix="restore it", where=Location(path)
         ) from error
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise ModelError("adapter-damaged", f"{path.name} is no JSON object", fix="restore it", where=Location(path))
     return content
 
 
