@@ -133,7 +133,7 @@ def test_a_run_that_crashed_at_birth_still_gives_a_report(tmp_path: Path) -> Non
     run.manifest_file.write_text('{"status": "run')
     run.config_file.write_text("a: [1,\n")
     data = read_report_data(run)
-    assert data.status == "manifest unreadable"
+    assert data.status == "damaged"
     assert "affina train --resume" in data.commands[0].text
     assert render_report(data)
 

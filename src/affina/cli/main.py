@@ -221,6 +221,7 @@ def _system_error(error: OSError) -> AffinaError | None:
                 "no-permission",
                 f"the system does not allow this{file}",
                 why=(error.strerror or "").lower() or None,
-                fix="check who owns the folder, or choose another one with --set output.directory=...",
+                fix="check who owns it; where results go is output.directory, -o for merge, data.cache_directory "
+                "for prepared data",
             )
     return None

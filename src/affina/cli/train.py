@@ -68,7 +68,7 @@ def train_command(
                 callbacks=(view,),
                 progress=progress,
             )
-        except (AffinaError, KeyboardInterrupt):
+        except (AffinaError, OSError, KeyboardInterrupt):
             if shown and view.facts is not None:  # the comparison had begun, hence training had ended
                 stack.close()
                 run = view.facts.directory

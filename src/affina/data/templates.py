@@ -157,8 +157,8 @@ class ChatTemplate:
         """The roles before whose turns the template writes no end of turn after a reply: "user", "tool"."""
         if not self.tokenizer.has_template:
             return frozenset()
-        user = {"role": "user", "content": "affinaprobequestion"}
-        reply = {"role": "assistant", "content": "affinaprobereply"}
+        user: dict[str, Any] = {"role": "user", "content": "affinaprobequestion"}
+        reply: dict[str, Any] = {"role": "assistant", "content": "affinaprobereply"}
         function = {"name": "affinaprobecall", "arguments": {"n": 1}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         result = {"role": "tool", "name": "affinaprobecall", "content": "affinaproberesult"}
