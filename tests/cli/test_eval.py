@@ -92,7 +92,7 @@ def test_eval_of_something_that_is_no_run_names_it(tmp_path: Path, capsys: pytes
 def test_eval_of_a_run_without_an_adapter_says_how_to_get_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "a" / "run.json").write_text('{"status": "interrupted"}')
     assert affina(["eval", str(tmp_path / "a")]) == 1
     printed = capsys.readouterr().err

@@ -16,7 +16,6 @@ from typing import Any, TypeGuard
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from affina.errors import RunError
 from affina.evaluation.compare import EvaluationResult
 from affina.evaluation.report import Command, Fact, ReportData, config_rows, write_report
 from affina.runs import atomic
@@ -56,7 +55,7 @@ def read_report_data(run: RunDirectory) -> ReportData:
     return ReportData(
         title=run.name,
         subtitle=_when(manifest),
-        status=_status(run),
+        status=run.status(),
         result=read_json(run.evaluation / RESULT_FILE) or None,
         metrics=list(run.metrics()),
         events=[*_data_findings(data_report, str(manifest.get("created") or "")), *run.events()],
@@ -129,13 +128,6 @@ def last_metrics(run: RunDirectory) -> dict[str, Any]:
     for line in run.metrics():
         values.update((key, value) for key, value in line.items() if value is not None)
     return values
-
-
-def _status(run: RunDirectory) -> str:
-    try:
-        return run.status()
-    except RunError:
-        return "manifest unreadable"
 
 
 def _when(manifest: Mapping[str, Any]) -> str:
