@@ -61,7 +61,7 @@ def test_training_on_a_real_set_learns_and_does_not_depend_on_packing(
 ) -> None:
     path, columns = SETS[name]
     folder, _, file = path.partition("/")
-    source: dict[str, Any] = {"path": str(real_data_folder(folder) / file), "max_records": 24}
+    source: dict[str, Any] = {"path": str(real_data_folder(folder) / file), "max_records": 8}
     if columns:
         source["columns"] = columns
 
