@@ -34,23 +34,15 @@ def qwen3_tokenizer_folder() -> Path:
     return real_data("qwen3_tokenizer") / "hf"
 
 
-@pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Qwen3 of 0.7 M parameters with the tokenizer and template of affina/nano."""
-    import shutil
-
+def save_random_qwen3(folder: Path, *, vocab_size: int, max_position_embeddings: int) -> None:
+    """Two random Qwen3 layers of width 64; the same weights every time, without touching the random state."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from affina.catalog.embedded import embedded_model_path
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    nano = embedded_model_path("affina/nano")
-    assert nano is not None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=8192,
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -58,9 +50,22 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_key_value_heads=2,
             head_dim=32,
             tie_word_embeddings=True,
-            max_position_embeddings=1024,
+            max_position_embeddings=max_position_embeddings,
         )
         Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen3 of 0.7 M parameters with the tokenizer and template of affina/nano."""
+    import shutil
+
+    from affina.catalog.embedded import embedded_model_path
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    nano = embedded_model_path("affina/nano")
+    assert nano is not None
+    save_random_qwen3(folder, vocab_size=8192, max_position_embeddings=1024)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         if (nano / name).exists():
             shutil.copyfile(nano / name, folder / name)

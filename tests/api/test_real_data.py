@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import affina
 from affina.runs.directory import RunDirectory
+from tests.conftest import save_random_qwen3
 
 SETS = {
     "gsm8k": ("gsm8k/train.jsonl.gz", {}),
@@ -32,23 +32,8 @@ SETS = {
 @pytest.fixture(scope="module")
 def qwen3_like_folder(qwen3_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen3's real tokenizer, template and vocabulary size around two random layers of width 64."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     folder = tmp_path_factory.mktemp("qwen3") / "model"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=151_936,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+    save_random_qwen3(folder, vocab_size=151_936, max_position_embeddings=2048)
     for file in qwen3_tokenizer_folder.iterdir():
         if file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
