@@ -16,18 +16,30 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from affina.config import ResolvedConfig, load_config, load_mapping, load_stored_config
+from affina.config import Note, ResolvedConfig, load_config, load_mapping, load_stored_config
+from affina.config.derive import with_value
+from affina.config.places import place_error
+from affina.config.resolved import differences, has_influence, leaves
 from affina.errors import AffinaError, RunError
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
-from affina.runs.directory import RunDirectory, create_run, default_name, now, open_run, process_identity
+from affina.runs.directory import (
+    RunDirectory,
+    create_run,
+    default_name,
+    ended_before_first_step,
+    now,
+    open_run,
+    process_identity,
+    starts_from_beginning,
+)
 from affina.runs.directory import list_runs as find_runs
-from affina.training.callbacks import BaseCallback
+from affina.training.callbacks import BaseCallback, Observers, RunFiles
 
 if TYPE_CHECKING:
     from affina.config.schema import RunConfig
@@ -91,18 +103,26 @@ def check(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: s
 
     Raises AffinaErrors with every mistake of the file.
     """
+    return _load(config, overrides=overrides, preset=preset)
+
+
+def _load(
+    config: ConfigLike, *, overrides: Sequence[str], preset: str | None, with_rules: bool = True
+) -> ResolvedConfig:
     if isinstance(config, ResolvedConfig):
         return config
     if isinstance(config, Mapping):
-        return load_mapping(dict(config), overrides=overrides, preset=preset)
-    return load_config(Path(config) if config is not None else None, overrides, preset)
+        return load_mapping(dict(config), overrides=overrides, preset=preset, with_rules=with_rules)
+    return load_config(Path(config) if config is not None else None, overrides, preset, with_rules=with_rules)
 
 
 def prepare(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> PreparedData:
     """Read, check, split, render and tokenise the data of a config, from the cache where nothing has changed."""
     from affina.data.build import prepare_from_config
 
-    return prepare_from_config(check(config, overrides=overrides, preset=preset).config)
+    resolved = check(config, overrides=overrides, preset=preset)
+    with _placed_errors(resolved):
+        return prepare_from_config(resolved.config)
 
 
 def inspect_data(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> DataReport:
@@ -121,27 +141,32 @@ def train(
 ) -> TrainResult:
     """Prepare, train, evaluate and save. Without a config: the preset `laptop`, which needs neither GPU nor hub.
 
-    resume:   a run directory or one of its checkpoints to continue; True continues the run named by output.name
+    resume:   a run directory or one of its checkpoints to continue; True continues the run named by output.name. A run
+              that ended before its first checkpoint starts again from step 0, in the same directory
     progress: called with a stage of the evaluation, and how much of it is done and there is
 
     Raises AffinaError; what was saved before an error stays and can be resumed.
     """
     checkpoint: Checkpoint | None = None
+    before: Mapping[str, Any] = {}
     if resume:
         run, checkpoint = _find_checkpoint(resume, config, overrides=overrides, preset=preset)
         resolved = _resume_config(run, config, overrides=overrides, preset=preset)
+        # A killed process has left "running", which would hold for this process from the next line on.
+        before = {**run.read_manifest(), "status": run.status()}
+        atomic.remove_leftovers(run.path)
     else:
         resolved = check(config, overrides=overrides, preset=preset)
-        run = create_run(
-            Path(resolved.config.output.directory).expanduser(),
-            resolved.config.output.name or default_name(_config_stem(config, preset)),
-        )
-        _write_config(run, resolved)
+        with _placed_errors(resolved):
+            run = create_run(
+                Path(resolved.config.output.directory).expanduser(),
+                resolved.config.output.name or default_name(_config_stem(config, preset)),
+            )
     settings = resolved.config
-    before = run.read_manifest() if checkpoint is not None else {}
     run.update_manifest(
         {
-            **({} if checkpoint else {"created": now(), "affina": _version(), "name": run.name}),
+            **({} if resume else {"created": now(), "name": run.name}),
+            **({} if checkpoint else {"affina": _version()}),
             "status": "running",
             "error": None,
             "command": shlex.join(["affina", *sys.argv[1:]]) if sys.argv and "affina" in sys.argv[0] else None,
@@ -156,10 +181,16 @@ def train(
     status: Literal["interrupted", "finished"] | None = None  # None while training has not ended
     first_step = _FirstStep()
     try:
-        _check_model(settings)
-        tokenizer, data = _tokenizer_and_data(settings, before.get("template"))
-        _record_data(run, data, is_resumed=checkpoint is not None)
-        loaded, outcome = _train_model(settings, run, data, tokenizer, checkpoint, (first_step, *callbacks))
+        with _placed_errors(resolved):
+            if not resume:
+                _write_config(run, resolved)
+            _check_model(settings)
+            tokenizer, data = _tokenizer_and_data(settings, before.get("template"))
+            _record_data(run, data, is_resumed=bool(resume))
+            announcements = _announcements(resolved, checkpoint) if resume else ()
+            loaded, outcome = _train_model(
+                settings, run, data, tokenizer, checkpoint, (first_step, *callbacks), announcements
+            )
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
         run.update_manifest(
             {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
@@ -168,7 +199,9 @@ def train(
         if status == "finished" and settings.evaluation.enabled and len(data.validation):
             evaluation = _evaluate_loaded(run, settings, data, tokenizer, loaded, progress)
     except BaseException as error:
-        _record_failure(run, error, after_training=status, before=None if first_step.is_reached else before)
+        # A run that had failed and has nothing to lose is told with its newest error.
+        is_untouched = not first_step.is_reached and (checkpoint is not None or before.get("status") != "failed")
+        _record_failure(run, error, after_training=status, before=before if is_untouched else None)
         raise
     return TrainResult(
         run=run.path,
@@ -200,6 +233,22 @@ class _FirstStep(BaseCallback):
 
     def on_start(self, facts: RunFacts) -> None:
         self.is_reached = True
+
+
+@contextlib.contextmanager
+def _placed_errors(resolved: ResolvedConfig) -> Iterator[None]:
+    """Errors about a setting leave the block with the file and line, or the override, that has set it."""
+    try:
+        yield
+    except AffinaError as error:
+        place_error(error, resolved)
+        raise
+
+
+def _announcements(resolved: ResolvedConfig, checkpoint: Checkpoint | None) -> list[tuple[str, str]]:
+    """What to say, as kind and sentence, when a run is taken up again."""
+    notes = [("note", f"{note.what}: {note.why}") for note in resolved.warnings]
+    return notes if checkpoint else [("restarted", "no checkpoint yet: starts from the beginning"), *notes]
 
 
 def _record_failure(
@@ -241,12 +290,16 @@ def _train_model(
     tokenizer: LoadedTokenizer,
     checkpoint: Checkpoint | None,
     callbacks: Sequence[Callback],
+    announcements: Sequence[tuple[str, str]],
 ) -> tuple[LoadedModel, TrainingOutcome]:
     from affina.models.build import load_for_training
     from affina.training.run import describe_environment, run_training
 
     loaded = load_for_training(settings)
     run.update_manifest({"environment": describe_environment(loaded.device_name), "base": loaded.identity})
+    observers = Observers([RunFiles(run), *callbacks])
+    for kind, message in announcements:
+        observers.event(kind, message)
     return loaded, run_training(settings, run, data, tokenizer, loaded, checkpoint=checkpoint, callbacks=callbacks)
 
 
@@ -273,9 +326,10 @@ def evaluate(
     given = {key: value for key, value in changes.items() if value is not None}
     if given:
         settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=given)})
-    tokenizer, data = _tokenizer_and_data(settings, _saved_contract(directory))
-    notes = _check_validation(directory, settings, data)
-    loaded = load_for_inference(settings, directory.adapter)
+    with _placed_errors(resolved):
+        tokenizer, data = _tokenizer_and_data(settings, _saved_contract(directory))
+        notes = _check_validation(directory, settings, data)
+        loaded = load_for_inference(settings, directory.adapter)
     return _evaluate_loaded(directory, settings, data, tokenizer, loaded, progress, notes)
 
 
@@ -285,9 +339,10 @@ def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> Merge
     from affina.data.build import template_from_config
     from affina.export.build import merge_run
 
-    settings = _run_config(directory).config
-    _check_template(directory, template_from_config(settings).contract())
-    return merge_run(directory, settings, Path(output), dtype=dtype)
+    resolved = _run_config(directory)
+    with _placed_errors(resolved):
+        _check_template(directory, template_from_config(resolved.config).contract())
+        return merge_run(directory, resolved.config, Path(output), dtype=dtype)
 
 
 def open_chat(run: RunLike) -> ChatSession:
@@ -298,16 +353,19 @@ def open_chat(run: RunLike) -> ChatSession:
     from affina.models.adapters import read_adapter_info
     from affina.models.build import load_for_inference
 
-    settings = _run_config(directory).config
-    tokenizer = tokenizer_from_config(settings.model)
-    template = template_from_config(settings, tokenizer)
-    _check_template(directory, template.contract())
+    resolved = _run_config(directory)
+    settings = resolved.config
+    with _placed_errors(resolved):
+        tokenizer = tokenizer_from_config(settings.model)
+        template = template_from_config(settings, tokenizer)
+        _check_template(directory, template.contract())
+        loaded = load_for_inference(settings, directory.adapter)
     contract = read_adapter_info(directory.adapter).contract or {}
     return open_chat_session(
         settings,
         tokenizer,
         template,
-        load_for_inference(settings, directory.adapter),
+        loaded,
         enable_thinking=contract.get("enable_thinking"),
         run=directory.name,
     )
@@ -411,17 +469,24 @@ def _finished_run(run: RunLike) -> RunDirectory:
             "run-unfinished",
             f"{directory.path} has no adapter yet (its status is {status})",
             why=f"it failed: {failure['what']}" if failure else None,
-            fix="wait until it is done"
-            if status == "running"
-            else f"continue it with `affina train --resume {directory.path}`"
-            if list_checkpoints(directory.checkpoints)
-            else "it has no checkpoint to continue from: start it again with `affina train`",
+            fix=_way_to_an_adapter(directory, status),
         )
     return directory
 
 
-def _run_config(run: RunDirectory) -> ResolvedConfig:
-    """The config that a run was started with."""
+def _way_to_an_adapter(run: RunDirectory, status: str) -> str:
+    if status == "running":
+        return "wait until it is done"
+    if not starts_from_beginning(run):
+        return f"continue it with `affina train --resume {run.path}`"
+    if status == "failed" and ended_before_first_step(run):
+        with_its_own = f"`affina train --resume {run.path}` with its own config"
+        return f"correct that and start it again: `affina train`, or {with_its_own}"
+    return f"it has no checkpoint yet: `affina train --resume {run.path}` starts it from the beginning"
+
+
+def _run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """The config that a run was started with, each value with its line in the run's own config.yaml."""
     if not run.config_file.is_file():
         raise RunError(
             "run-unreadable",
@@ -429,8 +494,7 @@ def _run_config(run: RunDirectory) -> ResolvedConfig:
             why="base model, data and settings of the run are in it",
             fix="restore it, or name another run (`affina runs` lists them); adapter/ still loads with PEFT alone",
         )
-    origins = json.loads(run.origins_file.read_text(encoding="utf-8")) if run.origins_file.is_file() else None
-    return load_stored_config(run.config_file, origins)
+    return load_stored_config(run.config_file, overrides=overrides)
 
 
 def _config_stem(config: ConfigLike, preset: str | None) -> str:
@@ -463,10 +527,10 @@ def _record_data(run: RunDirectory, data: RunData, *, is_resumed: bool) -> None:
 
 def _find_checkpoint(
     resume: str | Path | bool, config: ConfigLike, *, overrides: Sequence[str], preset: str | None
-) -> tuple[RunDirectory, Checkpoint]:
-    """The run and the checkpoint that `resume` names; the newest checkpoint of a run."""
+) -> tuple[RunDirectory, Checkpoint | None]:
+    """The run and the checkpoint that `resume` names; of a run its newest, or None when it has none and no result."""
     if resume is True:
-        output = check(config, overrides=overrides, preset=preset).config.output
+        output = _load(config, overrides=overrides, preset=preset, with_rules=False).config.output
         if output.name is None:
             raise RunError(
                 "resume-unnamed",
@@ -476,45 +540,73 @@ def _find_checkpoint(
         path = Path(output.directory).expanduser() / output.name
     else:
         path = Path(str(resume))
-    if path.parent.name == "checkpoints":
-        run = open_run(path.parent.parent)
-        for checkpoint in list_checkpoints(run.checkpoints):
-            if checkpoint.path.name == path.name:
-                return run, checkpoint
-        raise RunError(
-            "checkpoint-missing",
-            f"{path} is not a checkpoint",
-            fix="checkpoints of this run: "
-            + (", ".join(entry.path.name for entry in list_checkpoints(run.checkpoints)) or "none"),
-        )
-    run = open_run(path)
+    names_checkpoint = path.parent.name == "checkpoints"
+    run = open_run(path.parent.parent if names_checkpoint else path)
     if run.status() == "running":
         raise RunError(
             "run-running",
-            f"{path} is still being trained by process {run.read_manifest().get('pid')}",
+            f"{run.path} is still being trained by process {run.read_manifest().get('pid')}",
             fix="wait for it, or stop it first",
         )
-    return run, latest_checkpoint(run.checkpoints)
+    if names_checkpoint:
+        return run, _checkpoint_at(path, run)
+    return run, None if starts_from_beginning(run) else latest_checkpoint(run.checkpoints)
+
+
+def _checkpoint_at(path: Path, run: RunDirectory) -> Checkpoint:
+    checkpoints = {entry.path.name: entry for entry in list_checkpoints(run.checkpoints)}
+    if path.name in checkpoints:
+        return checkpoints[path.name]
+    if checkpoints:
+        fix = f"checkpoints of this run: {', '.join(checkpoints)}"
+    elif starts_from_beginning(run):
+        fix = f"the run has no checkpoint yet: --resume {run.path} starts it from the beginning"
+    else:
+        fix = "the run has no checkpoint any more; start a new one"
+    raise RunError("checkpoint-missing", f"{path} is not a checkpoint", fix=fix)
 
 
 def _resume_config(
     run: RunDirectory, config: ConfigLike, *, overrides: Sequence[str], preset: str | None
 ) -> ResolvedConfig:
-    """The config of the run that is continued. A config given besides must not change what is trained."""
-    saved = _run_config(run)
-    if config is None and not overrides and preset is None:
-        return saved
-    wanted = check(config, overrides=overrides, preset=preset) if config is not None or preset else None
-    if wanted is None:
-        wanted = load_config(run.config_file, overrides, None)
-    if wanted.hash() != saved.hash():
-        from affina.config.resolved import differences
+    """The config of the run that is continued, with what may be changed of it: trackers, workers and the cache.
 
-        changed = ", ".join(differences(saved.config, wanted.config)[:5])
+    Raises RunError `resume-config-changed` for what can change a result. Combinations are not judged: those of the run
+    have been, and of others only the change itself is worth telling.
+    """
+    saved = _run_config(run)
+    if config is None and preset is None:
+        wanted = _run_config(run, overrides) if overrides else saved
+    else:
+        wanted = _load(config, overrides=overrides, preset=preset, with_rules=False)
+    found = differences(saved.config, wanted.config)
+    changed = [path for path in found if has_influence(path)]
+    if changed:
+        origin = wanted.origins.get(changed[0])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise RunError(
             "resume-config-changed",
-            f"the config differs from the one that {run.path} was started with: {changed}",
+            f"the config differs from the one that {run.path} was started with: "
+            f"{', '.join(found[path] for path in changed[:5])}{more}",
             why="a resumed run continues the same experiment",
             fix=f"leave the config out (`affina train --resume {run.path}`), or start a new run with the new values",
+            where=origin.where if origin is not None and origin.is_explicit else None,
         )
-    return saved
+    return _with_changes(saved, wanted, [path for path in found if path in wanted.origins], run)
+
+
+def _with_changes(
+    saved: ResolvedConfig, wanted: ResolvedConfig, paths: Sequence[str], run: RunDirectory
+) -> ResolvedConfig:
+    """`saved` with what the user has written differently, but for where the run is stored."""
+    changed, origins, notes = saved.config, dict(saved.origins), []
+    values = dict(leaves(wanted.config))
+    for path in paths:
+        origin = wanted.origins[path]
+        if not origin.is_explicit:
+            continue
+        if path.startswith("output."):
+            notes.append(Note(path, f"{path} has no effect", f"a resumed run stays in {run.path}", origin.where))
+        else:
+            changed, origins[path] = with_value(changed, path, values[path]), origin
+    return ResolvedConfig(changed, origins, tuple(notes))

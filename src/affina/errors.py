@@ -52,6 +52,9 @@ class AffinaError(Exception):
         self.where = where
         super().__init__(self.render())
 
+    def __str__(self) -> str:
+        return self.render()  # not what __init__ was given: the place may have been found later
+
     def render(self) -> str:
         """The error as the plain text that the command line prints."""
         place = f" ({self.where})" if self.where is not None else ""
@@ -90,19 +93,28 @@ def _rebuild(
 
 
 class AffinaErrors(AffinaError):
-    """Several errors found in one pass, reported together."""
+    """Several errors found in one pass, reported together.
 
-    def __init__(self, errors: list[AffinaError]) -> None:
+    summary: one sentence about all of them, told first; it is no error of its own and is not among `errors`
+    """
+
+    def __init__(self, errors: list[AffinaError], summary: AffinaError | None = None) -> None:
         assert errors, "an error group needs at least one error"
         self.errors = errors
-        first = errors[0]
+        self.summary = summary
+        first = summary or errors[0]
         super().__init__(first.code, first.what, why=first.why, fix=first.fix, where=first.where)
 
+    @property
+    def parts(self) -> list[AffinaError]:
+        """What is printed, in order: the summary, where there is one, and every error."""
+        return [self.summary, *self.errors] if self.summary is not None else list(self.errors)
+
     def render(self) -> str:
-        return "\n\n".join(error.render() for error in self.errors)
+        return "\n\n".join(error.render() for error in self.parts)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (AffinaErrors, (self.errors,))
+        return (AffinaErrors, (self.errors, self.summary))
 
 
 class ConfigError(AffinaError):

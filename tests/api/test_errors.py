@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import affina
 from affina.errors import AffinaError, AffinaErrors, RunError, TrainingError
 from affina.runs.checkpoints import list_checkpoints
 from affina.runs.directory import RunDirectory
-from affina.training.callbacks import BaseCallback, StepMetrics
+from affina.training.callbacks import BaseCallback, RunFacts, StepMetrics
 from affina.training.objectives.sft import sft_objective
-from tests.api.test_train import adapter_weights, losses, make_config
+from tests.api.test_train import adapter_weights, assert_same_result, losses, make_config
 
 
 class FullDevice:
@@ -51,6 +52,223 @@ def test_resuming_the_latest_run_of_a_config_without_a_name_asks_for_the_run(
     assert "output.name" in caught.value.what
     assert "--resume runs/NAME" in str(caught.value.fix)
     assert not (tmp_path / "runs").exists()
+
+
+class Stopper(BaseCallback):
+    """Ends the process's training at a step, as a second Ctrl-C does: nothing is saved any more."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        if metrics.step == self.step:
+            raise KeyboardInterrupt
+
+
+class Listener(BaseCallback):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def on_start(self, facts: RunFacts) -> None:
+        self.told.append(f"start at {facts.first_step}")
+
+    def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
+        self.told.append(f"{kind}: {message}")
+
+
+def stop_before_a_checkpoint(config: dict[str, Any], *, step: int = 2) -> RunDirectory:
+    """The run of a config, ended after `step` steps without a checkpoint."""
+    with pytest.raises(KeyboardInterrupt):
+        affina.train(config, callbacks=[Stopper(step)])
+    run = RunDirectory(Path(config["output"]["directory"]) / config["output"]["name"])
+    assert (run.status(), list_checkpoints(run.checkpoints)) == ("interrupted", [])
+    assert [number for number, _ in losses(run.path)] == list(range(1, step + 1))
+    return run
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again_with_the_same_result(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=5)
+    run = stop_before_a_checkpoint(config)
+    stored, created = run.config_file.read_text(), run.read_manifest()["created"]
+    (run.path / ".tmp-run.json-77").touch()
+    with pytest.raises(RunError) as caught:
+        affina.train(config)
+    assert caught.value.code == "run-exists"
+    assert f"`affina train --resume {run.path}` starts it from the beginning" in str(caught.value.fix)
+
+    listener = Listener()
+    result = affina.train(resume=run.path, callbacks=[listener])
+    assert (result.status, result.run) == ("finished", run.path)
+    assert listener.told[0] == "restarted: no checkpoint yet: starts from the beginning"
+    assert "start at 0" in listener.told
+    assert [event["message"] for event in run.events() if event["kind"] == "restarted"] == [
+        "no checkpoint yet: starts from the beginning"
+    ]
+    assert run.config_file.read_text() == stored
+    assert run.read_manifest()["created"] == created
+    assert not list(run.path.glob(".tmp-*"))
+    assert [step for step, _ in losses(run.path)] == [1, 2, 3, 4, 5], "the first attempt's records are gone"
+
+    config["output"]["name"] = "never-stopped"
+    assert_same_result(run.path, affina.train(config).run)
+
+
+def test_a_run_that_starts_again_can_be_stopped_and_starts_again(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3)
+    run = stop_before_a_checkpoint(config)
+    with pytest.raises(KeyboardInterrupt):
+        affina.train(config, resume=True, callbacks=[Stopper(1)])
+    assert run.status() == "interrupted"
+    assert [step for step, _ in losses(run.path)] == [1]
+    assert affina.train(config, resume=True).steps == 3
+    assert [step for step, _ in losses(run.path)] == [1, 2, 3]
+
+
+def test_a_refused_start_leaves_the_records_of_the_first_attempt(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3)
+    run = stop_before_a_checkpoint(config)
+    run.update_manifest({"status": "running", "pid": 2**22 - 1})  # as a killed process leaves it
+    before, metrics = chats_file.read_text(), run.metrics_file.read_bytes()
+    chats_file.write_text(before + before.splitlines()[0].replace("say", "tell") + "\n")
+    for _ in range(2):  # the second attempt is not refused because of the first
+        with pytest.raises(RunError, match="resume-data-changed"):
+            affina.train(resume=run.path)
+    assert run.read_manifest()["status"] == "interrupted"
+    assert run.metrics_file.read_bytes() == metrics
+    chats_file.write_text(before)
+    assert affina.train(resume=run.path).steps == 3
+
+
+def test_a_run_that_failed_before_its_first_step_is_told_with_its_newest_error(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "late.jsonl"
+    data.write_text("[]\n")
+    config = make_config(tiny_model_folder, data, tmp_path, training__max_steps=3)
+    run = RunDirectory(tmp_path / "runs" / "first")
+    with pytest.raises(AffinaError):
+        affina.train(config)
+    first = run.read_manifest()["error"]["code"]
+    data.write_text("")
+    with pytest.raises(AffinaError):
+        affina.train(resume=run.path)
+    assert run.status() == "failed"
+    assert (first, run.read_manifest()["error"]["code"]) == ("wrong-extension", "empty-file")
+
+
+def test_a_run_with_a_result_and_no_checkpoint_is_not_started_again(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    result = affina.train(make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3))
+    weights = adapter_weights(result.run)
+    shutil.rmtree(result.run / "checkpoints")
+    with pytest.raises(RunError) as caught:
+        affina.train(resume=result.run)
+    assert caught.value.code == "checkpoint-missing"
+    assert caught.value.fix == "start a new run: another output.name"
+    with pytest.raises(RunError) as caught:
+        affina.train(resume=result.run / "checkpoints" / "step-00000003")
+    assert caught.value.fix == "the run has no checkpoint any more; start a new one"
+    assert all(torch.equal(weights[name], value) for name, value in adapter_weights(result.run).items())
+
+
+def test_a_checkpoint_of_a_run_that_has_none_yet_is_answered_with_the_way_to_start_again(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    run = stop_before_a_checkpoint(make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3))
+    with pytest.raises(RunError) as caught:
+        affina.train(resume=run.checkpoints / "step-00000003")
+    assert caught.value.code == "checkpoint-missing"
+    assert caught.value.fix == f"the run has no checkpoint yet: --resume {run.path} starts it from the beginning"
+    with pytest.raises(RunError) as caught:
+        affina.evaluate(run.path)
+    assert caught.value.code == "run-unfinished"
+    assert (
+        caught.value.fix == f"it has no checkpoint yet: `affina train --resume {run.path}` starts it from the beginning"
+    )
+
+
+# What may be changed on the way
+
+
+@pytest.fixture(scope="module")
+def short_trial(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A preset tried for two steps: its warm-up never ends, which is legal in a preset and refused where a user writes
+    it."""
+    root = tmp_path_factory.mktemp("trial")
+    overrides = ["training.max_steps=2", "training.learning_rate=0.005", "evaluation.enabled=false"]
+    places = [f"output.directory={root}", "output.name=trial", f"data.cache_directory={root / 'cache'}"]
+    few = ["data.train[0].max_records=20", "data.validation[0].max_records=8"]
+    result = affina.train(overrides=[*overrides, *places, *few])
+    with pytest.raises(AffinaErrors, match="warmup-too-long"):
+        affina.check(result.run / "config.yaml")
+    return RunDirectory(result.run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["training.learning_rate=0.5"], "training.learning_rate (0.005 -> 0.5)"),
+        (["training.max_steps=3"], "training.max_steps (2 -> 3)"),
+        (["data.train=owner/other"], "data.train[0].path ("),
+        (["training.log_every_steps=7"], "training.log_every_steps (1 -> 7)"),
+        (["output.name=x", "evaluation.enabled=true"], "evaluation.enabled (false -> true)"),
+        (["data.streaming=true", "data.deduplicate=exact"], "data.deduplicate (none -> exact), data.streaming ("),
+    ],
+)
+def test_what_a_resume_may_not_change_is_reported_as_the_change_it_is(
+    overrides: list[str], changed: str, short_trial: RunDirectory
+) -> None:
+    with pytest.raises(RunError) as caught:
+        affina.train(resume=short_trial.path, overrides=overrides)
+    assert caught.value.code == "resume-config-changed"
+    prefix = f"the config differs from the one that {short_trial.path} was started with: "
+    assert caught.value.what.startswith(prefix + changed)
+    assert str(caught.value.where).startswith("--set ")
+    assert short_trial.status() == "finished"
+
+
+def test_a_config_that_is_given_with_a_resume_is_compared_before_its_combinations_are_judged(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=3)
+    affina.train(config)
+    config["training"]["warmup_steps"] = 3  # never below max_steps
+    with pytest.raises(RunError, match=r"resume-config-changed.*training.warmup_steps \(null -> 3\)"):
+        affina.train(config, resume=True)
+
+
+def test_a_wrong_override_of_a_resume_is_still_a_wrong_override(short_trial: RunDirectory) -> None:
+    with pytest.raises(AffinaErrors, match=r"unknown-key\]: unknown key training\.epoch"):
+        affina.train(resume=short_trial.path, overrides=["training.epoch=2"])
+
+
+def test_trackers_and_workers_may_be_changed_by_a_resume_and_the_place_of_the_run_may_not(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=4, training__keep_best=False)
+    result = affina.train(config)
+    run, listener = RunDirectory(result.run), Listener()
+    stored, weights = run.config_file.read_text(), adapter_weights(run.path)
+    cache = tmp_path / "other-cache"
+    affina.train(
+        resume=list_checkpoints(run.checkpoints)[0].path,
+        overrides=["data.num_workers=1", f"data.cache_directory={cache}", "output.name=elsewhere"],
+        callbacks=[listener],
+    )
+    assert (cache / "prepared").is_dir()
+    assert f"note: output.name has no effect: a resumed run stays in {run.path}" in listener.told
+    assert [entry.name for entry in run.path.parent.iterdir()] == ["first"]
+    assert run.config_file.read_text() == stored
+    assert all(torch.equal(weights[name], value) for name, value in adapter_weights(run.path).items())
 
 
 class Resumer(BaseCallback):
@@ -170,14 +388,8 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
         affina.train(config)
     for advice in ("micro_batch_size: 1", "gradient_checkpointing: true", "method: nf4", "max_length: 32"):
         assert advice in str(caught.value.fix)
-    with pytest.raises(RunError) as missing:
-        affina.train(resume=tmp_path / "runs" / "first")
-    assert missing.value.code == "checkpoint-missing"
-    assert "holds no checkpoint" in missing.value.what
-    assert missing.value.why == "the run ended before its first one"
-    assert "start it again without --resume" in str(missing.value.fix)
     monkeypatch.undo()
-    assert affina.train(config).steps == 5, "the way on that was named"
+    assert affina.train(config).steps == 5, "it took no step: its name is free"
 
 
 # Data

@@ -190,6 +190,29 @@ def test_a_signal_saves_exits_cleanly_and_can_be_resumed(
     assert_same_result(run.path, result.run)
 
 
+@pytest.mark.slow
+def test_killed_before_the_first_checkpoint_and_resumed_equals_never_killed(
+    uninterrupted: tuple[affina.TrainResult, Path], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    result, data = uninterrupted
+    run = RunDirectory(tmp_path / "runs" / "first")
+    # A run that saves seldom, so that the kill surely comes first; when it saves does not change what it learns.
+    config = make_config(tiny_model_folder, data, tmp_path, training__save_every_steps=1000)
+    process = start_process(config, tmp_path)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if process.returncode != -signal.SIGKILL or list_checkpoints(run.checkpoints):
+        pytest.skip("the run was faster than the kill")
+    assert run.read_manifest()["status"] == "running", "nobody was left to write another one"
+    process = start_process(config, tmp_path, "--resume", str(run.path))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "restarted: no checkpoint yet: starts from the beginning" in output
+    assert_same_result(run.path, result.run)
+    assert run.status() == "finished"
+
+
 def test_a_second_run_of_the_same_name_is_refused(
     uninterrupted: tuple[affina.TrainResult, Path], tiny_model_folder: Path
 ) -> None:

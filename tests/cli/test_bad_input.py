@@ -232,6 +232,108 @@ def test_an_8_bit_optimizer_without_its_package_is_refused(
     assert 'fix: run `pip install "affina[gpu]"`, or write `optimizer: adamw`' in text
 
 
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_an_error_of_loading_is_told_with_the_line_of_its_setting(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    no_cuda(monkeypatch)
+    write("chats.jsonl", CHATS)
+    lines = [
+        f"model: {json.dumps(str(tiny_model_folder))}",
+        "data: {train: chats.jsonl, max_length: 128}",
+        "adapter:",
+        "  targets: [q_porj]",
+        "training:",
+        "  device: cuda",
+    ]
+    Path("run.yaml").write_text("\n".join(lines))
+    assert affina(["train", "run.yaml"]) == 1
+    text = capfd.readouterr().err
+    assert (
+        "error[device-unavailable]: training.device is cuda, but torch sees no CUDA device (run.yaml:6)\n  why: "
+        in text
+    )
+    assert affina(["train", "run.yaml", "--set", "training.device=cpu"]) == 1
+    text = capfd.readouterr().err
+    assert 'error[target-unmatched]: adapter.targets "q_porj" matches nothing (run.yaml:4)\n' in text
+    assert affina(["train", "run.yaml", "--set", "training.device=cpu", "--set", "adapter.targets=[x]", "--json"]) == 1
+    error = one_error(capfd.readouterr().out)
+    assert (error["code"], error["file"], error["line"]) == ("target-unmatched", "--set adapter.targets=[x]", None)
+    (failed, *_) = [Path("runs") / run["name"] for run in listed_runs(capfd)]
+    assert json.loads((failed / "run.json").read_text())["error"]["code"] == "target-unmatched"
+
+
+def listed_runs(capfd: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    assert affina(["runs", "--json"]) == 0
+    runs: list[dict[str, Any]] = json.loads(capfd.readouterr().out)["runs"]
+    return runs
+
+
+def test_an_error_around_a_run_is_told_with_the_line_of_its_own_config(
+    finished: RunDirectory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    no_cuda(monkeypatch)
+    text = finished.config_file.read_text().replace("  device: cpu", "  device: cuda")
+    finished.config_file.write_text(text)
+    (line,) = [number for number, content in enumerate(text.splitlines(), 1) if content.startswith("  device: cuda")]
+    for command in (["eval", "runs/done"], ["chat", "runs/done"], ["merge", "runs/done", "-o", "merged"],
+                    ["train", "--resume", "runs/done"]):  # fmt: skip
+        assert affina([*command, "--json"]) == 1
+        error = one_error(capfd.readouterr().out)
+        assert error["code"] == "device-unavailable", command
+        assert (error["file"], error["line"]) == ("runs/done/config.yaml", line), command
+
+
+def test_a_name_that_is_taken_is_told_with_its_line(
+    finished: RunDirectory, train: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("chats.jsonl", name="done") == 1
+    assert "runs/done already holds a run (--set output.name=done)\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("num_bad", "last_line"), [(3, "3 errors"), (1, "  fix: ")])
+def test_the_summary_of_bad_records_is_not_counted_as_an_error(
+    num_bad: int, last_line: str, train: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write("chats.jsonl", [*[chat(f"q{number}", "") for number in range(num_bad)], *CHATS])
+    assert train("chats.jsonl") == 1
+    text = capfd.readouterr().err
+    assert text.count("error[empty-reply]") == num_bad
+    assert f"error[bad-records]: {num_bad} bad record" in text
+    assert text.splitlines()[-1].startswith(last_line)
+    assert train("chats.jsonl", "--json") == 1
+    error = one_error(capfd.readouterr().out)
+    assert (error["code"], [one["code"] for one in error["errors"]]) == ("bad-records", ["empty-reply"] * num_bad)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from affina.training import checkpoint
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    write("chats.jsonl", CHATS)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.CheckpointWriter, "__call__", killed)
+        assert train("chats.jsonl") == 130
+    capfd.readouterr()
+    assert train("chats.jsonl") == 1
+    text = capfd.readouterr().err
+    assert "error[run-exists]: runs/r already holds a run" in text
+    again = "it has no checkpoint yet: `affina train --resume runs/r` starts it from the beginning"
+    assert f"fix: {again}, or choose another output.name" in text
+    assert affina(["train", "--resume", "runs/r"]) == 0
+    assert "restarted: no checkpoint yet: starts from the beginning" in capfd.readouterr().err
+    assert [record["step"] for record in RunDirectory(Path("runs/r")).metrics() if "loss" in record] == [1, 2]
+
+
 def test_all_mistakes_of_a_file_come_together_as_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text("traning: {}\ntraining:\n  epoch: 1\n  learning_rate: fast\n  precision: fp8\n")
     assert affina(["train", "run.yaml", "--json"]) == 1
@@ -268,7 +370,9 @@ def test_a_corrected_mistake_does_not_cost_the_name_of_the_run(
     assert affina(["eval", "runs/r", "--json"]) == 1
     error = one_error(capfd.readouterr().out)
     assert error["code"] == "run-unfinished"
-    assert error["fix"] == "it has no checkpoint to continue from: start it again with `affina train`"
+    assert error["fix"] == (
+        "correct that and start it again: `affina train`, or `affina train --resume runs/r` with its own config"
+    )
     write("chats.jsonl", CHATS)
     assert train("chats.jsonl") == 0
     manifest = RunDirectory(Path("runs/r")).read_manifest()

@@ -91,7 +91,8 @@ def test_the_live_view_fits_the_terminal(width: int) -> None:
 
 def test_numbers_read_like_a_person_writes_them() -> None:
     assert [format_seconds(value) for value in (3.4, 65, 7265)] == ["3 s", "1:05 min", "2:01 h"]
-    assert [format_bytes(value) for value in (5 * 2**20, 1.5 * 2**30)] == ["5 MiB", "1.50 GiB"]
+    sizes = (512, 96 * 2**10, 5 * 2**20, 1.5 * 2**30)
+    assert [format_bytes(value) for value in sizes] == ["512 bytes", "96 KiB", "5 MiB", "1.50 GiB"]
     assert [format_count(value) for value in (812, 33_030_144, 4_022_468_096)] == ["812", "33 M", "4.02 B"]
 
 

@@ -46,7 +46,7 @@ def test_the_result_says_where_it_is_and_what_was_proven(report, monkeypatch, ca
     assert run(["merge", "runs/a", "-o", "merged", "--dtype", "float16"]) == 0
     assert seen == [((Path("runs/a"), Path("merged")), {"dtype": "float16"})]
     output = capsys.readouterr().out
-    assert "merged   merged  (17.4 MB in bfloat16, 1 file)" in output
+    assert "merged   merged  (17 MiB in bfloat16, 1 file)" in output
     assert "56 of 100 tensors carry the adapter" in output
     assert "differ from base + adapter by 4.0e-03 of their spread (120 positions)" in output
     assert "trained against the 4-bit base" in output

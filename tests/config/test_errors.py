@@ -367,7 +367,7 @@ def test_all_errors_of_a_file_come_together_in_the_order_of_its_lines() -> None:
           epochs: 1
           epochs: 2
         data: missing.jsonl
-        engine: fast
+        engine: fastest
         """
     )
     assert [(error.code, place(error)) for error in errors] == [
@@ -375,7 +375,7 @@ def test_all_errors_of_a_file_come_together_in_the_order_of_its_lines() -> None:
         ("wrong-type", "run.yaml:4"),
         ("duplicate-key", "run.yaml:6"),
         ("path-missing", "run.yaml:7"),
-        ("engine-unavailable", "run.yaml:8"),
+        ("wrong-type", "run.yaml:8"),
     ]
 
 

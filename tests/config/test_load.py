@@ -349,3 +349,41 @@ def test_a_damaged_stored_config_is_refused(folder: Path) -> None:
     with pytest.raises(AffinaErrors) as caught:
         load_stored_config(folder / "config.yaml")
     assert [error.code for error in caught.value.errors] == ["wrong-type", "unknown-key"]
+
+
+# --- configs that are compared, not run
+
+
+def test_a_stored_config_takes_overrides_without_judging_combinations(folder: Path) -> None:
+    stored = load_config(overrides=["training.warmup_steps=4"])
+    Path("config.yaml").write_text(stored.to_yaml())
+    resolved = load_stored_config(Path("config.yaml"), overrides=["training.max_steps=2"])
+    assert resolved.config.training.max_steps == 2
+    assert str(resolved.origins["training.max_steps"].where) == "--set training.max_steps=2"
+    kept = load_stored_config(Path("config.yaml"), stored.origins_to_dict(), ["training.max_steps=2"])
+    assert kept.origins["training.warmup_steps"] == stored.origins["training.warmup_steps"]
+    assert kept.origins["training.max_steps"].kind == "override"
+    with pytest.raises(AffinaErrors) as caught:
+        load_stored_config(Path("config.yaml"), overrides=["training.max_step=2", "training.epochs=two"])
+    assert [error.code for error in caught.value.errors] == ["wrong-type", "unknown-key"]
+
+
+def test_the_overridden_paths_of_a_stored_config_alone_are_looked_for(folder: Path) -> None:
+    Path("gone.jsonl").touch()
+    Path("config.yaml").write_text(load_config(overrides=["data.train=gone.jsonl"]).to_yaml())
+    Path("gone.jsonl").unlink()
+    Path("here.jsonl").touch()
+    resolved = load_stored_config(Path("config.yaml"), overrides=["data.train=here.jsonl"])
+    assert resolved.config.data.train[0].path == str(folder / "here.jsonl")
+    assert load_stored_config(Path("config.yaml")).config.data.train[0].path == str(folder / "gone.jsonl")
+    with pytest.raises(AffinaErrors, match="path-missing"):
+        load_stored_config(Path("config.yaml"), overrides=["data.train=gone.jsonl"])
+
+
+def test_without_rules_values_are_still_checked_one_by_one() -> None:
+    combination = ["training.max_steps=2", "training.warmup_steps=4"]
+    assert load_config(overrides=combination, with_rules=False).config.training.warmup_steps == 4
+    with pytest.raises(AffinaErrors, match="warmup-too-long"):
+        load_config(overrides=combination)
+    with pytest.raises(AffinaErrors, match="wrong-type"):
+        load_mapping({"training": {"max_steps": "two"}}, with_rules=False)

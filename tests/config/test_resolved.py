@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from affina.config import ResolvedConfig, RunConfig, load_config, load_mapping
-from affina.config.resolved import differences, leaves
+from affina.config.resolved import differences, has_influence, leaves
 from affina.errors import AffinaError
 
 from . import yaml_oracle
@@ -114,8 +114,11 @@ def test_steps_that_depend_on_the_data_stay_open_and_say_so() -> None:
     assert derived(training={"evaluate_every_steps": 7})["training.save_every_steps"] == (7, "with every validation")
 
 
-def test_the_engine_says_why_it_is_the_reference() -> None:
-    assert derived()["engine.path"] == ("reference", "this version trains through transformers' own forward")
+def test_the_engine_is_chosen_when_the_model_is_known() -> None:
+    resolved = load_mapping({})
+    assert resolved.config.engine.path == "auto"
+    reason = "the fused decoder where it runs this model, else the reference"
+    assert resolved.origins["engine.path"].reason == reason
 
 
 @pytest.mark.parametrize(
@@ -269,14 +272,22 @@ def test_the_hash_changes_with_what_can_change_a_result_only() -> None:
         assert load_config(overrides=[override]).hash() != base, override
 
 
+def test_what_has_no_influence_on_a_result_is_what_the_hash_leaves_out() -> None:
+    without = {"output.name", "output.directory", "tracking.trackers", "tracking.project", "data.num_workers",
+               "data.cache_directory"}  # fmt: skip
+    paths = [path for path, _ in leaves(load_config().config)]
+    assert {path for path in paths if not has_influence(path)} == without
+
+
 def test_differences_name_the_settings_and_both_values() -> None:
     first = load_mapping({"data": ["owner/a", "owner/b"], "adapter": {"rank": 8}}).config
     second = load_mapping({"data": ["owner/a"], "adapter": {"targets": ["q"]}}).config
     found = differences(first, second)
-    assert found[:3] == ["adapter.rank (8 -> 16)", "adapter.targets (all-linear -> [q])",
-                         "data.train[1].path (owner/b -> nothing)"]  # fmt: skip
-    assert all(line.startswith("data.train[1].") for line in found[3:])
-    assert differences(first, first) == []
+    assert list(found.values())[:3] == ["adapter.rank (8 -> 16)", "adapter.targets (all-linear -> [q])",
+                                        "data.train[1].path (owner/b -> nothing)"]  # fmt: skip
+    assert list(found)[:3] == ["adapter.rank", "adapter.targets", "data.train[1].path"]
+    assert all(path.startswith("data.train[1].") for path in list(found)[3:])
+    assert differences(first, first) == {}
 
 
 # --- weight

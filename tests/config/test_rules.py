@@ -41,8 +41,6 @@ STREAM: dict[str, Any] = {"data": {"train": "owner/a", "streaming": True}}
 @pytest.mark.parametrize(
     ("mapping", "code", "what", "remedied"),
     [
-        ({"engine": "fast"}, "engine-unavailable", "engine.path is fast, which this version does not have",
-         {"engine": "auto"}),
         ({"model": "Qwen/Qwen3-4B-GGUF"}, "model-not-trainable",
          'model.path is "Qwen/Qwen3-4B-GGUF", whose weights are in the format GGUF', {"model": "Qwen/Qwen3-4B"}),
         ({"model": "x/y-GPTQ-Int4"}, "model-not-trainable",

@@ -269,14 +269,16 @@ def test_fail_reports_all_errors_together_with_counts(tmp_path: Path) -> None:
     assert "data.on_error: skip" in text
     for line in (2, 3, 4):
         assert f"({path}:{line})" in text
-    assert len(caught.value.errors) == 4
+    assert [error.code for error in caught.value.errors] == ["invalid-json", "no-reply", "no-reply"]
+    assert caught.value.summary is not None
+    assert caught.value.code == caught.value.summary.code == "bad-records"
 
 
 def test_fail_stops_after_twenty_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, *["broken"] * 50])
     with pytest.raises(AffinaErrors, match=r"20 bad records among the first 2\d \(reading stopped here") as caught:
         list(read_conversations([SourceSpec(path)], on_error="fail"))
-    assert len(caught.value.errors) == 21
+    assert len(caught.value.errors) == 20
 
 
 def test_fail_does_not_read_for_ever_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

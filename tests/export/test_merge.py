@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_a_disk_that_is_too_small_is_found_first(base, adapter, tmp_path, monkey
     monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
     error = refusal(base, adapter[0], tmp_path)
     assert error.code == "disk-full"
+    assert re.fullmatch(rf"the merged model needs \d+ KiB, {tmp_path} has 1000 bytes free", error.what)
     assert_nothing_was_left(tmp_path)
 
 

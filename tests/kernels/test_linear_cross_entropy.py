@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from affina.kernels.linear_cross_entropy import (
+    cross_entropy_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_and_gradient,
+    token_losses,
+)
 
 
 def reference(hidden, weight, targets, bias=None, softcap=None, scale=1.0):
@@ -138,3 +146,76 @@ def test_a_gradient_scaled_beyond_float16_arrives_scaled():
     # 2^17 is infinite in float16; the product with 2^-10 is not.
     (scaled,) = torch.autograd.grad(loss * 2.0**-10 * 2.0**17 * 2.0**-7, hidden)
     torch.testing.assert_close(scaled, plain)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_loss_and_gradient_without_autograd_equal_those_with_it(chunk):
+    hidden, weight, targets = problem(11, 8, 19)
+    targets[3] = targets[10] = -100
+    bias = torch.linspace(-1, 1, 19)
+    options = {"bias": bias, "softcap": 5.0, "logit_scale": 0.5}
+    expected = linear_cross_entropy(hidden, weight, targets, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    loss, gradient = linear_cross_entropy_and_gradient(hidden.detach(), weight, targets, chunk_rows=chunk, **options)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert torch.equal(gradient[[3, 10]], torch.zeros(2, 8))
+    assert not loss.requires_grad
+
+
+def test_the_gradient_is_written_where_the_caller_wants_it_even_over_hidden():
+    hidden, weight, targets = problem(11, 8, 19, torch.bfloat16)
+    hidden = hidden.detach()
+    _, expected = linear_cross_entropy_and_gradient(hidden, weight, targets, chunk_rows=4)
+    memory = torch.empty(11, 12, dtype=torch.bfloat16)
+    _, strided = linear_cross_entropy_and_gradient(hidden, weight, targets, chunk_rows=4, gradient_out=memory[:, 2:10])
+    _, replaced = linear_cross_entropy_and_gradient(hidden, weight, targets, chunk_rows=4, gradient_out=hidden)
+    assert strided.data_ptr() == memory[:, 2:10].data_ptr()
+    assert replaced is hidden
+    assert torch.equal(strided, expected)
+    assert torch.equal(replaced, expected)
+
+
+@pytest.mark.parametrize("error_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_logits_give_their_losses_and_errors(dtype, error_dtype):
+    generator = torch.Generator().manual_seed(0)
+    memory = (torch.randn(6, 60, generator=generator) * 3).to(dtype)
+    targets = torch.randint(0, 50, (6,), generator=generator)
+    targets[2] = -100
+    exact = memory[:, 5:55].double().requires_grad_()
+    capped = 10.0 * torch.tanh(exact * 0.5 / 10.0)
+    expected = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-100, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    losses, error = torch.empty(6), torch.empty(6, 60, dtype=error_dtype)[:, :50]
+    cross_entropy_rows(memory.clone()[:, 5:55], targets, losses=losses, error=error, softcap=10.0, logit_scale=0.5)
+    # float32 arithmetic on logits below 10; the error is rounded once more to its own type.
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=2e-6, atol=5e-6)
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[error_dtype]
+    torch.testing.assert_close(error.double(), gradient, rtol=rounding + 1e-5, atol=3e-7)
+    assert torch.equal(error[2], torch.zeros(50, dtype=error_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_error_may_replace_the_logits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 30, generator=generator).to(dtype), torch.tensor([3, 0, -100, 29])
+    losses, error, again = torch.empty(4), torch.empty(4, 30, dtype=dtype), torch.empty(4)
+    cross_entropy_rows(logits.clone(), targets, losses=losses, error=error)
+    cross_entropy_rows(logits, targets, losses=again, error=logits)
+    assert torch.equal(losses, again)
+    assert torch.equal(logits, error)
+
+
+def test_the_modules_import_where_triton_is_not_installed():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from affina.kernels import adamw, fp8, nf4\n"
+        "from affina.kernels.linear_cross_entropy import token_losses\n"
+        "fp8.quantize_rows(torch.ones(2, 4)); adamw.gradient_norm(torch.ones(3))\n"
+        "nf4.quantize(torch.ones(2, 64)).dequantize()\n"
+        "print(token_losses(torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -117,6 +117,23 @@ def test_scale_search_lowers_the_error_in_the_same_format(bnb):
     assert torch.equal(bnb.dequantize_4bit(tensor.codes, read), tensor.dequantize())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize(("shape", "room"), [((9, 128), 128), ((9, 128), 200), ((5, 33), 33), ((5, 33), 40)], ids=str)
+def test_a_weight_is_written_into_rows_that_may_be_apart(shape, room, double, dtype):
+    tensor = nf4.quantize(weight_of(shape, dtype), double_quantization=double)
+    memory = torch.full((shape[0], room), 7.0, dtype=dtype)
+    out = memory[:, : shape[1]]
+    assert nf4.dequantize_into(tensor, out) is out
+    assert torch.equal(out, tensor.dequantize())
+    assert torch.equal(memory[:, shape[1] :], torch.full((shape[0], room - shape[1]), 7.0, dtype=dtype))
+
+
+def test_memory_that_does_not_fit_the_weight_is_refused():
+    with pytest.raises(AssertionError, match="does not fill"):
+        nf4.dequantize_into(nf4.quantize(weight_of((8, 64))), torch.empty(8, 63))
+
+
 def test_the_state_says_what_the_weight_was():
     state = nf4.quantize(weight_of((8, 64), torch.bfloat16)).to_state()
     fields = json.loads(bytes(state[nf4.STATE_KEY].tolist()))

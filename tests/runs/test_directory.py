@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -33,8 +34,33 @@ def test_a_directory_that_holds_a_run_is_refused_with_both_ways_out(tmp_path: Pa
         create_run(tmp_path, "first")
     text = str(caught.value)
     assert text.startswith(f"error[run-exists]: {tmp_path / 'first'} already holds a run")
-    assert "--resume" in text
-    assert "output.name" in text
+    assert f"fix: continue it with `affina train --resume {tmp_path / 'first'}`, or choose another output.name" in text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_offered_to_start_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="interrupted")
+    JsonLinesFile(run.metrics_file).append({"step": 1, "loss": 1.0})
+    again = f"it has no checkpoint yet: `affina train --resume {run.path}` starts it from the beginning"
+    with pytest.raises(RunError) as caught:
+        create_run(tmp_path, "first")
+    assert caught.value.code == "run-exists"
+    assert caught.value.fix == f"{again}, or choose another output.name"
+    make_checkpoint(run.checkpoints, 3)
+    with pytest.raises(RunError, match="fix: continue it with `affina train --resume"):
+        create_run(tmp_path, "first")
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_makes_a_run_is_used_again(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "first").path
+    (folder / ".tmp-run.json-77").write_text("{")
+    assert create_run(tmp_path, "first").path == folder
+    make_run(tmp_path, status="failed")
+    (folder / ".tmp-config.yaml-77").write_text("model:")
+    create_run(tmp_path, "first")
+    assert sorted(entry.name for entry in folder.iterdir()) == ["checkpoints", "data"]
+    (folder / "data" / "mine.jsonl").touch()
+    with pytest.raises(RunError, match="already holds files that are not a run of affina's"):
+        create_run(tmp_path, "first")
 
 
 def test_a_directory_with_foreign_files_is_refused(tmp_path: Path) -> None:
@@ -95,6 +121,7 @@ def test_too_little_disk_is_found_before_training(tmp_path: Path) -> None:
         require_free_space(tmp_path, shutil.disk_usage(tmp_path).total * 2)
     assert "error[disk-full]" in str(caught.value)
     assert "keep_last" in str(caught.value)
+    assert re.search(r"has \d+\.\d\d GiB free; this run's checkpoints need \d+\.\d\d GiB", caught.value.what)
 
 
 def test_metrics_survive_a_partial_last_line_and_a_resume(tmp_path: Path) -> None:
@@ -145,8 +172,10 @@ def test_no_whole_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no whole checkpoint is left"):
         checkpoints.latest_checkpoint(tmp_path)
     shutil.rmtree(tmp_path / "step-00000005")
-    with pytest.raises(RunError, match="checkpoint-missing"):
+    with pytest.raises(RunError, match="checkpoint-missing") as caught:
         checkpoints.latest_checkpoint(tmp_path)
+    assert caught.value.why == "nothing is left to continue from, and the run's adapter is not written over"
+    assert caught.value.fix == "start a new run: another output.name"
 
 
 def test_events_carry_a_kind_a_sentence_and_facts(tmp_path: Path) -> None:

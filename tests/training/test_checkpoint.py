@@ -15,6 +15,7 @@ from affina.runs import checkpoints
 from affina.training import checkpoint as module
 from affina.training.callbacks import Observers
 from affina.training.checkpoint import CheckpointWriter, restore_optimizer, restore_state
+from affina.training.optimizer_state import OptimizerState
 from affina.training.state import TrainState
 from tests.training.test_loop import Recorder
 
@@ -27,7 +28,7 @@ def make_writer(folder: Path, recorder: Recorder, *, keep_last: int = 2) -> Chec
     return CheckpointWriter(
         folder,
         write_adapter=lambda path: (path / "adapter.bin").write_bytes(parameter.detach().numpy().tobytes()),
-        optimizer=optimizer,
+        optimizer_state=OptimizerState(optimizer, None, [parameter]),
         observers=Observers([recorder]),
         keep_last=keep_last,
         keep_best=True,
@@ -42,8 +43,8 @@ def test_state_and_optimizer_come_back_exactly(tmp_path: Path) -> None:
     assert found.step == 7
     assert restore_state(found.path) == state
     fresh = torch.optim.AdamW([nn.Parameter(torch.zeros(4))])
-    restore_optimizer(fresh, found.path)
-    saved = writer._optimizer.state_dict()["state"][0]
+    restore_optimizer(OptimizerState(fresh, None, []), found.path)
+    saved = writer._optimizer_state.to_dict()["state"][0]
     restored = fresh.state_dict()["state"][0]
     assert all(torch.equal(saved[key], restored[key]) for key in saved)
 
@@ -52,7 +53,7 @@ def test_an_optimizer_of_another_run_is_refused(tmp_path: Path) -> None:
     make_writer(tmp_path, Recorder())(TrainState(step=1))
     other = torch.optim.AdamW([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))])
     with pytest.raises(RunError, match=r"resume-optimizer-changed.*does not fit this run"):
-        restore_optimizer(other, tmp_path / "step-00000001")
+        restore_optimizer(OptimizerState(other, None, []), tmp_path / "step-00000001")
 
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
@@ -96,6 +97,21 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_saved(
     writer(TrainState(step=3))
     writer.require_last_written()
     assert checkpoints.latest_checkpoint(tmp_path).step == 3
+
+
+def test_a_disk_that_was_full_from_the_first_checkpoint_on_is_told_with_the_way_to_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = make_writer(tmp_path / "checkpoints", Recorder())
+
+    def no_space(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write_adapter", no_space)
+    writer(TrainState(step=2))
+    with pytest.raises(RunError, match="disk-full") as caught:
+        writer.require_last_written()
+    assert caught.value.fix == f"free some space; `--resume {tmp_path}` then starts from the beginning"
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ class ToySource:
         parts = zip(inputs.split(list(self.cuts)), targets.split(list(self.cuts)), strict=True)
         return [Rows(x, y) for x, y in parts if len(x)]
 
+    def describe(self, step: int) -> str:
+        return f"rows of step {step}"
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -92,9 +95,16 @@ class Toy:
         self.stop_requested: Callable[[], bool] = lambda: False
         self.loss_scale = LossScale.for_precision(is_float16=False)
 
-    def run(self, num_steps: int = 10, state: TrainState | None = None, **options: Any) -> TrainState:
+    def run(
+        self,
+        num_steps: int = 10,
+        state: TrainState | None = None,
+        make_room: Callable[[], str | None] | None = None,
+        **options: Any,
+    ) -> TrainState:
         return train(
             self.model,
+            list(self.model.parameters()),
             self.source,
             self.objective,
             self.optimizer,
@@ -107,6 +117,7 @@ class Toy:
             observers=Observers([self.recorder]),
             stop_requested=self.stop_requested,
             memory_bytes=lambda: 0,
+            make_room=make_room,
         )
 
     @property
@@ -183,7 +194,42 @@ def test_a_step_with_nan_is_skipped_counted_and_leaves_the_weights() -> None:
     assert state.step == 6
     assert torch.equal(weights[3], weights[2])
     assert not torch.equal(weights[4], weights[3])
-    assert toy.recorder.events == [("step-skipped", "step 4 skipped: loss nan, gradients not finite")]
+    assert toy.recorder.events == [
+        ("step-skipped", "step 4 skipped: loss nan, gradients not finite; it saw rows of step 3")
+    ]
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_with_less_and_gives_the_same_result() -> None:
+    plain, short = Toy(dropout=0.3), Toy(dropout=0.3)
+    failures = [torch.OutOfMemoryError("too large"), torch.OutOfMemoryError("still too large")]
+    inner = short.objective
+
+    def short_of_memory(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        loss, count = inner(model, batch)
+        if failures:
+            loss.backward()  # gradients of the failed attempt must not remain
+            raise failures.pop()
+        return loss, count
+
+    short.objective = short_of_memory
+    plain.run(5)
+    short.run(5, make_room=lambda: "half as much")
+    assert torch.equal(plain.weights, short.weights)
+    text = "step 1 ran out of memory and is repeated with more recomputation: layers keep half as much"
+    assert short.recorder.events == [("out-of-memory-recovered", text)] * 2
+
+
+def test_out_of_memory_with_nothing_left_to_save_ends_the_run() -> None:
+    toy = Toy()
+    room = ["less"]
+
+    def out_of_memory(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        raise torch.OutOfMemoryError("too large")
+
+    toy.objective = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        toy.run(5, make_room=lambda: room.pop() if room else None)
+    assert not room
 
 
 def test_too_many_skipped_steps_end_the_run_with_advice() -> None:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     events.Reload()
     assert [(entry.step, entry.value) for entry in events.Scalars("train/loss")] == [(3, 1.25)]
     assert [(entry.step, entry.value) for entry in events.Scalars("validation/loss")] == [(3, 1.5)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_a_step_that_is_taken_again_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for attempt, (first_step, steps) in enumerate(((0, (1, 2, 3, 4)), (2, (3, 4)), (0, (1, 2)))):
+        tracker: Any = build_tracker("tensorboard", directory=tmp_path, project="affina", name="support")
+        tracker.on_start(replace(FACTS, first_step=first_step))
+        for step in steps:
+            tracker.on_step(replace(STEP, step=step, loss=float(attempt)))
+        tracker.on_end({})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        shown = [(entry.step, entry.value) for entry in events.Scalars("train/loss")]
+        expected = {0: [(1, 0), (2, 0), (3, 0), (4, 0)], 1: [(1, 0), (2, 0), (3, 1), (4, 1)], 2: [(1, 2), (2, 2)]}
+        assert shown == expected[attempt]
 
 
 class FakeModule(types.ModuleType):

@@ -45,10 +45,11 @@ def merge_command(
 
 def print_report(report: MergeReport) -> None:
     """The result as a few lines: where it is, that it was proven, what to know."""
+    from affina.runs.units import format_bytes
+
     console = render.stdout()
-    size = f"{report.num_bytes / 1e9:.2f} GB" if report.num_bytes >= 1e9 else f"{report.num_bytes / 1e6:.1f} MB"
     files = f"{len(report.files)} file{'s' if len(report.files) != 1 else ''}"
-    console.print(f"merged   {report.output}  ({size} in {report.dtype}, {files})")
+    console.print(f"merged   {report.output}  ({format_bytes(report.num_bytes)} in {report.dtype}, {files})")
     console.print(f"layers   {report.num_merged} of {report.num_tensors} tensors carry the adapter")
     console.print(
         f"proof    logits differ from base + adapter by {report.merge_error:.1e} of their spread "

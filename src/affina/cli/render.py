@@ -99,13 +99,12 @@ def table(*columns: str, title: str | None = None, numeric: Sequence[str] = ()) 
 def print_error(error: AffinaError) -> None:
     """An error, or each of several, on stderr."""
     console = stderr()
-    errors: Sequence[AffinaError] = error.errors if isinstance(error, AffinaErrors) else (error,)
-    for index, one in enumerate(errors):
+    for index, one in enumerate(error.parts if isinstance(error, AffinaErrors) else (error,)):
         if index:
             console.print()
         console.print(_styled(one.render(), console, head="bold red"), soft_wrap=True)
-    if len(errors) > 1:
-        console.print(f"\n{len(errors)} errors", style="red")
+    if isinstance(error, AffinaErrors) and len(error.errors) > 1:
+        console.print(f"\n{len(error.errors)} errors", style="red")
 
 
 def print_notes(notes: Iterable[Renderable], console: Console | None = None) -> None:
@@ -147,9 +146,9 @@ def _line_starts(text: str, prefix: str) -> Iterator[int]:
 
 
 def error_to_dict(error: AffinaError) -> dict[str, Any]:
-    """What `--json` prints for an error: the first one's fields, and all of them in `errors`."""
+    """What `--json` prints for an error: the fields of the summary or of the first one, and all errors in `errors`."""
     errors: Sequence[AffinaError] = error.errors if isinstance(error, AffinaErrors) else (error,)
-    return {"error": {**errors[0].to_dict(), "errors": [one.to_dict() for one in errors]}}
+    return {"error": {**error.to_dict(), "errors": [one.to_dict() for one in errors]}}
 
 
 def print_bug(error: BaseException, *, as_json: bool, version: str) -> None:

@@ -31,7 +31,8 @@ def train_command(
         typer.Option(
             "--resume",
             metavar="RUN",
-            help="Continue a run: its directory, one of its checkpoints, or 'latest' for the one named by output.name.",
+            help="Continue a run: its directory, one of its checkpoints, or 'latest' for the one named by output.name. "
+            "Without a checkpoint yet it starts from the beginning.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -130,19 +130,12 @@ def _steps(config: RunConfig, origins: Origins) -> list[Derived]:
     return derived
 
 
-def _engine(config: RunConfig, origins: Origins) -> list[Derived]:
-    if config.engine.path == "auto":
-        return [Derived("engine.path", "reference", "this version trains through transformers' own forward")]
-    return []
-
-
 _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
     _precision,
     _max_length,
     _validation,
     _without_validation,
     _steps,
-    _engine,
 )
 
 
@@ -174,6 +167,8 @@ def explain(config: RunConfig) -> dict[str, str]:
         "training.save_every_steps": (training.save_every_steps is None, "with every validation, and at the end"),
         "data.num_workers": (data.num_workers is None, "follows the cores and the size of the data"),
         "data.cache_directory": (data.cache_directory is None, "~/.cache/affina, or AFFINA_CACHE"),
+        "engine.path": (config.engine.path == "auto", "the fused decoder where it runs this model, else the reference"),
+        "engine.memory": (config.engine.memory == "auto", "what the device has free"),
         "output.name": (config.output.name is None, "the YAML file's name and the date"),
     }
     reasons.update({path: reason for path, (is_open, reason) in waits.items() if is_open})

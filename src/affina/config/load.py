@@ -30,55 +30,71 @@ from affina.errors import AffinaErrors, ConfigError
 
 
 def load_config(
-    path: Path | str | None = None, overrides: Sequence[str] = (), preset: str | None = None
+    path: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    *,
+    with_rules: bool = True,
 ) -> ResolvedConfig:
     """The complete config of a run.
 
     path:      a YAML file; None for a preset alone
     overrides: `section.key=value`, values in YAML; they win over the file
     preset:    goes below the file; without a file and a preset, `laptop` is taken
+    with_rules: False: values are checked one by one only, for a config that is compared and not run
 
     Raises ConfigError when the file cannot be read or parsed, AffinaErrors with everything else that is wrong.
     """
     errors: list[ConfigError] = []
     layers = file_layers(Path(path), errors) if path is not None else []
-    return _resolve(layers, overrides, preset or (DEFAULT_PRESET if path is None else None), errors)
+    bottom = preset or (DEFAULT_PRESET if path is None else None)
+    return _resolve(layers, overrides, bottom, errors, with_rules=with_rules)
 
 
 def load_mapping(
-    mapping: Mapping[str, Any] | RunConfig, overrides: Sequence[str] = (), preset: str | None = None
+    mapping: Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    *,
+    with_rules: bool = True,
 ) -> ResolvedConfig:
     """The complete config from a Python mapping of the YAML's form, or from a RunConfig built in Python.
 
     Of a RunConfig only the fields that were set count as the user's; the others remain open to presets and derivation.
-    Raises like `load_config`.
+    `with_rules` and what is raised are those of `load_config`.
     """
     values = mapping.model_dump(exclude_unset=True) if isinstance(mapping, RunConfig) else mapping
     errors: list[ConfigError] = []
     layers = mapping_layers(tree_from_mapping(values, Origin("user")), errors)
-    return _resolve(layers, overrides, preset, errors)
+    return _resolve(layers, overrides, preset, errors, with_rules=with_rules)
 
 
-def load_stored_config(path: Path | str, origins: Mapping[str, Mapping[str, Any]] | None = None) -> ResolvedConfig:
+def load_stored_config(
+    path: Path | str, origins: Mapping[str, Mapping[str, Any]] | None = None, overrides: Sequence[str] = ()
+) -> ResolvedConfig:
     """The config that a run has stored: complete, so nothing is derived, looked up or checked against this machine.
 
-    path:    what `to_yaml` wrote
-    origins: what `origins_to_dict` gave, if it was kept; else each value's origin is its line
+    path:      what `to_yaml` wrote
+    origins:   what `origins_to_dict` gave, if it was kept; else each value's origin is its line
+    overrides: `section.key=value`, put on top; each is checked by itself, as is the rest
 
     A run stays readable after its data has moved or an optional package is gone. Raises ConfigError or AffinaErrors
     for a file that is damaged or was written by another version.
     """
     errors: list[ConfigError] = []
-    checked = validate(expand_shorthands(read_file(Path(path), errors)))
+    checked = validate(apply_overrides(expand_shorthands(read_file(Path(path), errors)), overrides, errors))
+    resolve_paths(checked, only="override")
     _raise_all([*errors, *checked.errors])
     config = RunConfig.model_validate(checked.values)
     if origins is None:
         return ResolvedConfig(config, _complete_origins(config, checked.origins))
-    return ResolvedConfig(config, {name: Origin.from_dict(fields) for name, fields in origins.items()})
+    stored = {name: Origin.from_dict(fields) for name, fields in origins.items()}
+    put_on_top = {name: origin for name, origin in checked.origins.items() if origin.kind == "override"}
+    return ResolvedConfig(config, {**stored, **put_on_top})
 
 
 def _resolve(
-    layers: list[Node], overrides: Sequence[str], preset: str | None, errors: list[ConfigError]
+    layers: list[Node], overrides: Sequence[str], preset: str | None, errors: list[ConfigError], *, with_rules: bool
 ) -> ResolvedConfig:
     if preset is not None:
         layers = [_bottom(preset, layers), *layers]
@@ -93,7 +109,8 @@ def _resolve(
         config = with_value(config, derived.path, derived.value)
         origins[derived.path] = Origin("derived", reason=derived.reason)
     settings = Settings(config, origins)
-    errors.extend(check_rules(settings, checked.invalid))
+    if with_rules:
+        errors.extend(check_rules(settings, checked.invalid))
     _raise_all(errors)
     return ResolvedConfig(config, _complete_origins(config, origins), collect_notes(settings))
 

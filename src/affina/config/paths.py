@@ -14,7 +14,7 @@ import os.path
 import re
 from pathlib import Path
 
-from affina.config.origins import Origin
+from affina.config.origins import Origin, OriginKind
 from affina.config.validate import Validated, show
 from affina.errors import ConfigError
 
@@ -27,15 +27,23 @@ _HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.\
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
-def resolve_paths(checked: Validated) -> None:
-    """Make the model's and the sources' paths absolute where they exist; a file that is missing is an error."""
+def resolve_paths(checked: Validated, only: OriginKind | None = None) -> None:
+    """Make the model's and the sources' paths absolute where they exist; a file that is missing is an error.
+
+    only: leave the paths of every other origin as they are
+    """
+
+    def is_meant(path: str) -> bool:
+        return only is None or checked.origins[path].kind == only
+
     model = checked.values.get("model", {})
-    if "path" in model:
+    if "path" in model and is_meant("model.path"):
         model["path"] = _resolve(model["path"], "model.path", checked, BUILT_IN_MODELS, suffixes=())
     for name in ("train", "validation"):
         for index, source in enumerate(checked.values.get("data", {}).get(name, ())):
             path = f"data.{name}[{index}].path"
-            source["path"] = _resolve(source["path"], path, checked, BUILT_IN_DATA, suffixes=_DATA_SUFFIXES)
+            if is_meant(path):
+                source["path"] = _resolve(source["path"], path, checked, BUILT_IN_DATA, suffixes=_DATA_SUFFIXES)
 
 
 def _resolve(value: str, path: str, checked: Validated, built_in: tuple[str, ...], *, suffixes: tuple[str, ...]) -> str:

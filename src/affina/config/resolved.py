@@ -111,19 +111,27 @@ def leaves(section: BaseModel, path: str = "") -> Iterator[tuple[str, Any]]:
             yield here, value
 
 
-def differences(before: RunConfig, after: RunConfig) -> list[str]:
-    """Every leaf that two configs do not have in common, as `training.epochs (1 -> 2)`, in the order of the schema."""
+def has_influence(path: str) -> bool:
+    """Whether the setting of that dotted path can change a result, and so is part of a config's hash."""
+    section, name = path.split(".", 1)
+    names = _WITHOUT_INFLUENCE.get(section, ())
+    return names is not None and name not in names
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
+    """Every leaf that two configs do not have in common, with a text such as `training.epochs (1 -> 2)`, in the order
+    of the schema."""
     first, second = dict(leaves(before)), dict(leaves(after))
     absent = object()
 
     def text(values: dict[str, Any], path: str) -> str:
         return _yaml_value(values[path]) if path in values else "nothing"
 
-    return [
-        f"{path} ({text(first, path)} -> {text(second, path)})"
+    return {
+        path: f"{path} ({text(first, path)} -> {text(second, path)})"
         for path in dict.fromkeys((*first, *second))
         if first.get(path, absent) != second.get(path, absent)
-    ]
+    }
 
 
 def _yaml_value(value: Any) -> str:

@@ -87,19 +87,6 @@ def _model_for_other_runtimes(settings: Settings) -> ConfigError | None:
     )
 
 
-@reads("engine.path")
-def _fast_engine(settings: Settings) -> ConfigError | None:
-    if settings.config.engine.path != "fast":
-        return None
-    return ConfigError(
-        "engine-unavailable",
-        "engine.path is fast, which this version does not have",
-        why="the fused decoder comes with a later version; results are the same on both paths",
-        fix="write `engine: auto`",
-        where=settings.where("engine.path"),
-    )
-
-
 @reads("training.max_steps", "data.streaming")
 def _streaming_without_end(settings: Settings) -> ConfigError | None:
     if not settings.config.data.streaming or settings.config.training.max_steps is not None:

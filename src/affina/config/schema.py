@@ -326,7 +326,13 @@ class EngineConfig(Section):
 
     path: Literal["auto", "reference", "fast"] = Field(
         default="auto",
-        description="reference: transformers' own forward. fast: the fused decoder, where it is proven. auto: chooses.",
+        description="reference: transformers' own forward. fast: the fused decoder, an error where it cannot run the "
+        "model. auto: fast where it can, and the run says why where it cannot.",
+    )
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto",
+        description="GiB of device memory that the fast engine may use; it keeps as many activations as fit and "
+        "recomputes the rest. auto: what is free. Lower it to leave room for other programs.",
     )
 
 

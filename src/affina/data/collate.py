@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class Batch:
     position_ids:   [T] int64, restarts at 0 in every sample
     cu_seqlens:     [S+1] int32, where the samples start; the last entry is T
     max_seqlen:     length of the longest stretch between two entries of cu_seqlens
+    lengths:        of the stretches between them, as Python numbers, so that nobody waits for a GPU to know them
     num_tokens:     tokens that belong to samples, without padding
     num_supervised: labels that are not ignored
     """
@@ -30,6 +31,7 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    lengths: tuple[int, ...]
     num_tokens: int
     num_supervised: int
 
@@ -46,7 +48,7 @@ class Batch:
 
     def _map(self, tensors: list[torch.Tensor]) -> Batch:
         ids, labels, positions, cu_seqlens = tensors
-        return Batch(ids, labels, positions, cu_seqlens, self.max_seqlen, self.num_tokens, self.num_supervised)
+        return replace(self, input_ids=ids, labels=labels, position_ids=positions, cu_seqlens=cu_seqlens)
 
 
 def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: int) -> Batch:
@@ -77,12 +79,14 @@ def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: 
         position_ids[used:] = np.arange(total - used)
         starts.append(total)
     cu_seqlens = np.asarray(starts, dtype=np.int32)
+    lengths = tuple(int(length) for length in np.diff(cu_seqlens))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
+        max_seqlen=max(lengths),
+        lengths=lengths,
         num_tokens=used,
         num_supervised=int((labels != IGNORED_LABEL).sum()),
     )

@@ -471,14 +471,14 @@ class ConversationStream:
         num_read = sum(summary.num_read for summary in self.sources)
         noun = "record" if num_bad == 1 else "records"
         limit = " (reading stopped here; there may be more)" if len(self._errors) >= MAX_REPORTED_ERRORS else ""
-        head = DataError(
+        summary = DataError(
             "bad-records",
             f"{num_bad} bad {noun} among the first {num_read:,}{limit}",
             why=", ".join(f"{count} × {code}" for code, count in counts.most_common()),
             fix="correct them as said below, or set data.on_error: skip to leave them out",
         )
         errors, self._errors = self._errors, []
-        raise AffinaErrors([head, *errors])
+        raise AffinaErrors(errors, summary)
 
 
 def read_conversations(

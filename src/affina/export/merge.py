@@ -40,6 +40,7 @@ from affina.models.safetensors_file import (
 from affina.models.structure import base_model_of, text_config
 from affina.models.weights import Nf4Options
 from affina.runs.atomic import new_directory
+from affina.runs.units import format_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROVENANCE_FILE = "affina.json"
@@ -233,7 +234,7 @@ def _check_space(target: Path, specs: Mapping[str, TensorSpec], dtype: torch.dty
     if needed > free:
         raise ExportError(
             "disk-full",
-            f"the merged model needs {needed / 1e9:.1f} GB, {target.parent} has {free / 1e9:.1f} GB free",
+            f"the merged model needs {format_bytes(needed)}, {target.parent} has {format_bytes(free)} free",
             fix="free space, or name a directory on another disk with -o",
         )
 

@@ -27,18 +27,26 @@ sum over 150,000 entries is below 1% of one head weight.
 
 **When the head itself is trained** its gradient needs the logits again; then the plain differentiable path is used.
 
+**On a GPU** the elementwise part of a chunk is one Triton kernel (`affina.kernels.triton.linear_cross_entropy`), one
+program to a row: it reads the row twice and writes the gradient once, 10 bytes per logit against some 50 of the chain
+of PyTorch operations (`_cross_entropy_rows`, the reference). Losses are kept per row and added once at the end, so
+neither path depends on the order in which anything ran.
+
 Reference: `_plain_loss`, which is `torch.nn.functional.cross_entropy` on whole logits. The idea of making the gradient
 in the forward pass: Hsu et al., *Liger Kernel*, arXiv:2410.10989, §3.2; of never holding the logits: Wijmans et al.,
-*Cut Your Losses in Large-Vocabulary Language Models*, arXiv:2411.09009. Deviation from both: no kernel, the head is
-frozen, ignored rows are removed before the first product.
+*Cut Your Losses in Large-Vocabulary Language Models*, arXiv:2411.09009. Deviation from both: the head is
+frozen, ignored rows are removed before the first product, and the products are the library's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from affina.kernels.dispatch import use_triton
 
 IGNORED_LABEL = -100
 CHUNK_BYTES_CPU = 64 * 1024 * 1024
@@ -83,14 +91,13 @@ def linear_cross_entropy(
     head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if head_is_trained and torch.is_grad_enabled():
         return _plain_loss(hidden, weight, targets, bias, softcap, logit_scale)
-    weight = weight.detach().to(hidden.dtype)
+    weight = weight.detach()
     bias = bias.detach() if bias is not None else None
-    rows = chunk_rows if chunk_rows is not None else default_chunk_rows(weight.shape[0], hidden.device)
     if not (hidden.requires_grad and torch.is_grad_enabled()):
         return token_losses(
-            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=rows
+            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
         ).sum()
-    loss: Tensor = _FrozenHeadLoss.apply(hidden, weight, targets, bias, softcap, logit_scale, rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _FrozenHeadLoss.apply(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -110,15 +117,151 @@ def token_losses(
     Shapes and types as in `linear_cross_entropy`.
     """
     weight = weight.to(hidden.dtype)
-    rows = chunk_rows if chunk_rows is not None else default_chunk_rows(weight.shape[0], hidden.device)
-    losses = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        logits = _logits(hidden[part], weight, bias, softcap, logit_scale)
-        target = targets[part]
-        picked = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
-        losses[part] = (logits.logsumexp(dim=1) - picked).masked_fill(target == IGNORED_LABEL, 0.0)
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for part in _chunks(hidden, weight, chunk_rows):
+        logits = _matmul_float32(hidden[part], weight.t())
+        cross_entropy_rows(
+            logits, targets[part], losses=losses[part], bias=bias, softcap=softcap, logit_scale=logit_scale
+        )
     return losses
+
+
+@torch.no_grad()
+def linear_cross_entropy_and_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    gradient_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss sum as a float32 scalar and its gradient [N, D] in the type of `hidden`; no autograd.
+
+    gradient_out: [N, D] memory for the gradient, of the type of `hidden`, rows contiguous; new memory when None. It may
+                  be `hidden` itself: a chunk of it is read before it is written.
+
+    Everything else as in `linear_cross_entropy`, but rows with -100 are computed too: loss 0 and a gradient of zeros.
+    Nothing waits for the device and all shapes are known in advance, so the call can be captured in a CUDA graph.
+    """
+    gradient = gradient_out if gradient_out is not None else torch.empty_like(hidden)
+    assert gradient.shape == hidden.shape, f"{tuple(gradient.shape)} memory for {tuple(hidden.shape)} gradients"
+    assert gradient.dtype == hidden.dtype, f"{gradient.dtype} memory for {hidden.dtype} gradients"
+    weight = weight.to(hidden.dtype)
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for part in _chunks(hidden, weight, chunk_rows):
+        error = _error_of_chunk(hidden[part], weight, targets[part], losses[part], bias, softcap, logit_scale)
+        torch.mm(error, weight, out=gradient[part])
+    return losses.sum(), gradient
+
+
+def _error_of_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """[C, V] gradient of the losses by W h, in the type of `hidden`; fills `losses`. Frees the logits on return."""
+    logits = _matmul_float32(hidden, weight.t())
+    error = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
+    cross_entropy_rows(logits, targets, losses=losses, error=error, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    return error
+
+
+def _chunks(hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> Iterator[slice]:
+    num_rows = hidden.shape[0]
+    step = chunk_rows if chunk_rows is not None else default_chunk_rows(weight.shape[0], hidden.device)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+# Rows of logits
+# ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    losses: Tensor,
+    error: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Fills `losses` with the cross-entropy of every row and `error` with its gradient by the row of `logits`.
+
+    logits:      [C, V] fp32, bf16 or fp16: W h, to which bias, scale and cap are still to be applied; a row is
+                 contiguous, rows may be apart. The contents are undefined afterwards
+    targets:     [C] int64; -100 gives loss 0 and an error of zeros
+    losses:      [C] fp32, written
+    error:       [C, V] fp32, bf16 or fp16, written, or None; rows may be apart. `logits` itself is allowed, memory that
+                 overlaps it in any other way is not
+    bias:        [V] or None
+    softcap:     c of z = c · tanh(u / c), or None
+    logit_scale: factor on logits and bias
+    """
+    assert losses.dtype == torch.float32, f"losses are float32, not {losses.dtype}"
+    assert losses.is_contiguous(), "losses must be contiguous"
+    assert logits.shape[1] <= 1 or logits.stride(1) == 1, "the logits of a row must lie side by side"
+    assert error is None or error.shape == logits.shape, "one error for each logit"
+    if not use_triton(logits):
+        _cross_entropy_rows(logits, targets, losses, error, bias, softcap, logit_scale)
+        return
+    from affina.kernels.triton import linear_cross_entropy as kernel
+
+    kernel.cross_entropy_rows(
+        logits,
+        targets.contiguous(),
+        losses=losses,
+        error=error,
+        bias=bias.contiguous() if bias is not None else None,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+
+
+def _cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    error: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """The specification of `cross_entropy_rows`, in the memory of the logits where these are float32.
+
+    A logit is exponentiated once, for the normaliser and for its probability: on a CPU that is most of the time.
+    """
+    logits = _finish_logits(logits.float(), bias, softcap, logit_scale)
+    target = targets.unsqueeze(1)
+    ignored = target == IGNORED_LABEL
+    target = target.clamp(min=0)
+    picked = logits.gather(1, target)
+    slope = 1.0 - (logits / softcap).square_() if softcap is not None and error is not None else None
+    largest = logits.amax(dim=1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(dim=1, keepdim=True)
+    losses.copy_((largest + total.log() - picked).masked_fill_(ignored, 0.0).squeeze(1))
+    if error is None:
+        return
+
+    difference = exponentials.mul_(logit_scale / total)
+    difference.scatter_add_(1, target, torch.full_like(total, -logit_scale))
+    if slope is not None:
+        difference *= slope
+    # On a GPU the test would wait for the device; on a CPU it saves a pass over the logits.
+    if logits.device.type != "cpu" or bool(ignored.any()):
+        difference.masked_fill_(ignored, 0.0)
+    if error.data_ptr() != difference.data_ptr():
+        error.copy_(difference)
 
 
 def _drop_ignored_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +274,8 @@ def _drop_ignored_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return hidden, targets
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    """[C, V] float32 logits, after bias, scale and cap."""
-    logits = _matmul_float32(hidden, weight.t())
+def _finish_logits(logits: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """Bias, scale and cap, in place on float32 logits."""
     if bias is not None:
         logits += bias.float()
     if logit_scale != 1.0:
@@ -178,30 +320,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         softcap: float | None,
         logit_scale: float,
-        chunk_rows: int,
+        chunk_rows: int | None,
     ) -> Tensor:
-        gradient = torch.empty_like(hidden)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk_rows):
-            part = slice(start, start + chunk_rows)
-            logits = _logits(hidden[part], weight, bias, softcap, logit_scale)
-            target = targets[part].unsqueeze(1)
-            ignored = target == IGNORED_LABEL
-            target = target.clamp(min=0)
-            log_normaliser = logits.logsumexp(dim=1, keepdim=True)
-            row_losses = log_normaliser - logits.gather(1, target)
-            loss += row_losses.masked_fill_(ignored, 0.0).sum()
-
-            slope = 1.0 - (logits / softcap).square_() if softcap is not None else None
-            error = logits.sub_(log_normaliser).exp_()  # now the probabilities, in the memory of the logits
-            error.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0))
-            if slope is not None:
-                error *= slope
-            if logit_scale != 1.0:
-                error *= logit_scale
-            if hidden.device.type != "cpu":
-                error.masked_fill_(ignored, 0.0)
-            torch.mm(error.to(hidden.dtype), weight, out=gradient[part])
+        loss, gradient = linear_cross_entropy_and_gradient(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_rows=chunk_rows,
+        )
         ctx.save_for_backward(gradient)
         return loss
 

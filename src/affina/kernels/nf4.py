@@ -26,12 +26,16 @@ indices are chosen again for the scale as it is stored. On normal weights the er
 **Speed.** On a CPU dequantising looks up *two bytes at once* in a table of 65,536 × 4 numbers (1 MiB, fits a core's
 cache): one gather moves 16 bytes for 4 weights; 6.6 million weights take 4.2 ms on 2 cores, bitsandbytes' C++ 5.3 ms in
 bfloat16 and 8.0 ms in float32. On a GPU one byte at once is faster (0.37 ms against 4.0 ms for 25 million weights on an
-H100). Products are float32, rounded once to the wanted type, as bitsandbytes does.
+H100). With Triton one kernel decodes scales and codes and writes the weight, reading half a byte and writing one number
+for each weight (`affina.kernels.triton.nf4`), where PyTorch's operations move 8 bytes of indices and float32 products
+besides. Products are float32, rounded once to the wanted type, as bitsandbytes does; a scale is rounded after its
+product and again after its sum, never fused: all paths agree bit for bit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +45,7 @@ import torch
 from torch import Tensor
 
 from affina.errors import ModelError
+from affina.kernels.dispatch import use_triton
 
 BLOCK_SIZE: Final = 64
 NESTED_BLOCK_SIZE: Final = 256
@@ -150,7 +155,9 @@ class Nf4Tensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its shape, in `dtype` (default: the type it had)."""
-        return dequantize(self.codes, self.scales(), self.shape, dtype or self.dtype, block_size=self.block_size)
+        weight = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.codes.device)
+        dequantize_into(self, weight.view(-1, weight.shape[-1]) if weight.dim() > 0 else weight.view(1, 1))
+        return weight
 
     def to_state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by suffix of the weight's name; "" is the packed weight itself."""
@@ -381,6 +388,65 @@ def _keep_better(
 
 # Dequantise
 # ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def dequantize_into(quantized: Nf4Tensor, out: Tensor) -> Tensor:
+    """Writes the weight to `out` and returns it.
+
+    quantized: of rows · columns numbers, with or without double quantisation
+    out:       [rows, columns] bf16, fp16 or fp32 on the same device; a row is contiguous, its stride may exceed columns
+
+    All paths give the same bits: the float32 product of table entry and scale, rounded once.
+    """
+    rows, columns = out.shape
+    assert rows * columns == math.prod(quantized.shape), f"{tuple(quantized.shape)} does not fill {tuple(out.shape)}"
+    assert columns <= 1 or out.stride(1) == 1, "the numbers of a row must lie side by side"
+    has_whole_blocks = columns % quantized.block_size == 0
+    if not (has_whole_blocks or out.is_contiguous()):
+        # A block would lie in two rows that are apart; no model has such a width, so the copy costs nothing real.
+        return out.copy_(dequantize_into(quantized, torch.empty_like(out, memory_format=torch.contiguous_format)))
+    if use_triton(out):
+        _dequantize_with_triton(quantized, out)
+    elif out.is_contiguous():
+        scales = quantized.scales()
+        dequantize(quantized.codes, scales, quantized.shape, out.dtype, block_size=quantized.block_size, out=out)
+    else:
+        _dequantize_rows(quantized, out)
+    return out
+
+
+def _dequantize_with_triton(quantized: Nf4Tensor, out: Tensor) -> None:
+    from affina.kernels.triton import nf4 as kernel
+
+    kernel.dequantize_into(
+        quantized.codes,
+        quantized.absmax,
+        quantized.nested_absmax,
+        quantized.nested_offset,
+        dynamic_map(out.device),
+        codebook(out.device),
+        out,
+        block_size=quantized.block_size,
+    )
+
+
+def _dequantize_rows(quantized: Nf4Tensor, out: Tensor) -> None:
+    """The reference for rows that are apart and hold whole blocks."""
+    rows, columns = out.shape
+    block_size = quantized.block_size
+    blocks_per_row = columns // block_size
+    scales = quantized.scales().view(rows, blocks_per_row, 1)
+    codes = quantized.codes.view(rows * blocks_per_row, block_size // 2)
+    step = max(1, _blocks_per_chunk(out.device) // blocks_per_row)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        values = _look_up(codes[part.start * blocks_per_row : part.stop * blocks_per_row])
+        torch.mul(
+            values.view(-1, blocks_per_row, block_size),
+            scales[part],
+            out=out[part].view(-1, blocks_per_row, block_size),
+        )
 
 
 def dequantize(

@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from affina.catalog.context import context_tokens
 from affina.config.rules import longer_than_context
 from affina.config.schema import RunConfig
+from affina.errors import ModelError
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
 from affina.models.compat import enable_recomputation
 from affina.models.device import choose_device, choose_precision, describe_device
+from affina.models.families import Unsupported
+from affina.models.fast import attach_fast_engine
 from affina.models.forward import isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.structure import text_config
@@ -82,7 +85,7 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     isolation = isolation_of(model)
     if config.data.packing and isolation.layout == "rows":
         notes.append(isolation.reason)
-    if _wants_checkpointing(config, base, device):
+    if not _attach_engine(model, config, notes) and _wants_checkpointing(config, base, device):
         enable_recomputation(base)
         notes.append("activations are recomputed in the backward pass (training.gradient_checkpointing)")
     return _describe(model, base, config, device, notes)
@@ -159,6 +162,32 @@ def count_parameters(model: torch.nn.Module) -> int:
         else parameter.numel()
         for parameter in model.parameters()
     )
+
+
+def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> bool:
+    """Attach the fast engine where the config wants it and it runs this model; whether it is attached."""
+    if config.engine.path == "reference":
+        return False
+    memory = config.engine.memory
+    attached = attach_fast_engine(
+        model,
+        row_tokens=config.training.micro_batch_size * config.data.max_length,
+        budget_bytes=None if memory == "auto" else int(memory * 2**30),
+        recompute=config.training.gradient_checkpointing,
+        is_flat=config.training.optimizer == "adamw",
+    )
+    if isinstance(attached, Unsupported):
+        if config.engine.path == "fast":
+            raise ModelError(
+                "engine-unsupported",
+                "engine.path is fast, and the fused decoder does not run this model with this adapter",
+                why=attached.reason,
+                fix="write `engine: auto`: it takes transformers' own forward here, with the same results",
+            )
+        notes.append(f"engine: reference, because {attached.reason}")
+        return False
+    notes.append(f"engine: fast; layers keep {attached.policy.describe()}")
+    return True
 
 
 def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch.device) -> bool:

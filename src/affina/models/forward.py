@@ -29,6 +29,7 @@ from affina.errors import ModelError
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from affina.kernels.packed_attention import Documents
 from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
+from affina.models.engines import engine_of
 from affina.models.structure import Head, base_model_of, body_of, head_of, text_config
 
 IGNORED_LABEL = -100
@@ -73,8 +74,12 @@ class Isolation:
 def supervised_loss(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> tuple[Tensor, int]:
     """(sum of the cross-entropies as a float32 scalar, number of supervised tokens) of one batch.
 
-    Gradients reach whatever in `model` requires them. `layout` defaults to what `isolation_of(model)` found.
+    Gradients reach whatever in `model` requires them, or the parameters of the engine that is attached to it
+    (models/engines.py). `layout` defaults to what `isolation_of(model)` found; naming one asks for the reference.
     """
+    engine = engine_of(model) if layout is None else None
+    if engine is not None and engine.is_active:
+        return engine.supervised_loss(batch), batch.num_supervised
     selected = _selected_hidden(model, batch, layout)
     loss = _loss_of_hidden(model, selected.hidden, selected.targets)
     return loss, batch.num_supervised
@@ -223,7 +228,7 @@ class _Selected:
 
 def _selected_hidden(model: nn.Module, batch: Batch, layout: Layout | None) -> _Selected:
     layout = layout or isolation_of(model).layout
-    positions = _predicting_positions(batch)
+    positions = predicting_positions(batch)
     targets = batch.labels[positions + 1]
     if layout == "packed":
         hidden = hidden_states(model, batch, layout=layout)
@@ -242,7 +247,7 @@ def _selected_hidden(model: nn.Module, batch: Batch, layout: Layout | None) -> _
     return _Selected(flat.index_select(0, place[positions]), targets, positions)
 
 
-def _predicting_positions(batch: Batch) -> Tensor:
+def predicting_positions(batch: Batch) -> Tensor:
     """[N] int64 positions t with a supervised label at t + 1. N is known, so a GPU is not waited for."""
     supervised = batch.labels[1:] != IGNORED_LABEL
     return torch.nonzero_static(supervised, size=batch.num_supervised).squeeze(1)

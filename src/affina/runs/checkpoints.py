@@ -72,8 +72,8 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
         raise RunError(
             "checkpoint-missing",
             f"{folder} holds no checkpoint",
-            why="the run ended before its first one",
-            fix="start it again without --resume; a smaller training.save_every_steps makes the first one come sooner",
+            why="nothing is left to continue from, and the run's adapter is not written over",
+            fix="start a new run: another output.name",
         )
     require_whole(checkpoints[-1])
     return checkpoints[-1]

@@ -31,7 +31,9 @@ import psutil
 
 from affina.errors import RunError
 from affina.runs import atomic
+from affina.runs.checkpoints import list_checkpoints
 from affina.runs.jsonlines import JsonLinesFile, read_json_lines
+from affina.runs.units import format_bytes
 
 Status = Literal["running", "finished", "failed", "interrupted", "damaged"]
 """damaged: run.json cannot be read; every other is what training left in it."""
@@ -164,17 +166,22 @@ def create_run(root: Path, name: str) -> RunDirectory:
     made or written.
     """
     path = root / name
-    if (path / MANIFEST_FILE).is_file() and _ended_before_first_step(RunDirectory(path)):
-        _clear_ended(RunDirectory(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        kind = "a run" if (path / MANIFEST_FILE).exists() else "files that are not a run of affina's"
+    run = RunDirectory(path)
+    if run.manifest_file.is_file():
+        if not ended_before_first_step(run):
+            raise RunError(
+                "run-exists",
+                f"{path} already holds a run",
+                why="affina never writes over a result",
+                fix=f"{_way_on(run)}, or choose another output.name",
+            )
+        _clear_ended(run)
+    if path.exists() and not (path.is_dir() and _is_hollow(run)):
         raise RunError(
             "run-exists",
-            f"{path} already holds {kind}",
+            f"{path} already holds files that are not a run of affina's",
             why="affina never writes over a result",
-            fix=f"continue it with `affina train --resume {path}`, or choose another output.name"
-            if kind == "a run"
-            else "choose another output.name or output.directory",
+            fix="choose another output.name or output.directory",
         )
     try:
         for folder in (path, path / "checkpoints", path / "data"):
@@ -188,19 +195,45 @@ def create_run(root: Path, name: str) -> RunDirectory:
             f"cannot write into {path}: {error.strerror or error}",
             fix="set output.directory to a folder that you may write to",
         ) from error
-    return RunDirectory(path)
+    return run
 
 
-def _ended_before_first_step(run: RunDirectory) -> bool:
+def starts_from_beginning(run: RunDirectory) -> bool:
+    """Whether resuming the run means its step 0: there is neither a checkpoint nor a result."""
+    return not list_checkpoints(run.checkpoints) and not run.adapter.exists()
+
+
+def _way_on(run: RunDirectory) -> str:
+    if run.status() != "running" and starts_from_beginning(run):
+        return f"it has no checkpoint yet: `affina train --resume {run.path}` starts it from the beginning"
+    return f"continue it with `affina train --resume {run.path}`"
+
+
+def ended_before_first_step(run: RunDirectory) -> bool:
     """Whether the run has neither a logged step nor a checkpoint, an adapter or any file that is not affina's."""
     if run.status() not in ("failed", "interrupted"):
         return False
     own = {run.manifest_file, run.config_file, run.origins_file, run.events_file, run.data, run.checkpoints}
-    return set(run.path.iterdir()) <= own and not any(run.checkpoints.glob("*"))
+    return all(entry in own or _is_leftover(entry) for entry in run.path.iterdir()) and not any(
+        run.checkpoints.glob("*")
+    )
+
+
+def _is_hollow(run: RunDirectory) -> bool:
+    """Whether the folder holds nothing, or only what a process leaves that is killed while it makes a run."""
+    return all(
+        _is_leftover(entry) or (entry in (run.data, run.checkpoints) and entry.is_dir() and not any(entry.iterdir()))
+        for entry in run.path.iterdir()
+    )
+
+
+def _is_leftover(entry: Path) -> bool:
+    return entry.name.startswith(atomic.TEMPORARY_PREFIX)
 
 
 def _clear_ended(run: RunDirectory) -> None:
     # The manifest goes last: until then a killed process leaves what is still known to be a failed run.
+    atomic.remove_leftovers(run.path)
     shutil.rmtree(run.data, ignore_errors=True)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     for file in (run.config_file, run.origins_file, run.events_file, run.manifest_file):
@@ -243,11 +276,7 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise RunError(
             "disk-full",
-            f"{folder} has {_format_bytes(free)} free; this run's checkpoints need {_format_bytes(num_bytes)}",
+            f"{folder} has {format_bytes(free)} free; this run's checkpoints need {format_bytes(num_bytes)}",
             why="training would stop at a checkpoint",
             fix="free some space, point output.directory to another disk, or lower training.keep_last",
         )
-
-
-def _format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

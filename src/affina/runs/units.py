@@ -13,8 +13,11 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`812 MiB`, `5.31 GiB`."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """`5.31 GiB`, `812 MiB`, `96 KiB`, `512 bytes`: powers of 1024, as memory is counted."""
+    for size, unit, digits in ((2**30, "GiB", 2), (2**20, "MiB", 0), (2**10, "KiB", 0)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{digits}f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def format_count(count: float) -> str:

@@ -20,6 +20,7 @@ from affina.errors import RunError
 from affina.runs import checkpoints
 from affina.runs.atomic import remove_leftovers
 from affina.training.callbacks import Observers
+from affina.training.optimizer_state import OptimizerState
 from affina.training.state import TrainState
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -37,14 +38,14 @@ class CheckpointWriter:
         folder: Path,
         *,
         write_adapter: Callable[[Path], object],
-        optimizer: torch.optim.Optimizer,
+        optimizer_state: OptimizerState,
         observers: Observers,
         keep_last: int,
         keep_best: bool,
     ) -> None:
         self._folder = folder
         self._write_adapter = write_adapter
-        self._optimizer = optimizer
+        self._optimizer_state = optimizer_state
         self._observers = observers
         self._keep_last = keep_last
         self._keep_best = keep_best
@@ -58,7 +59,7 @@ class CheckpointWriter:
             with checkpoints.new_checkpoint(self._folder, state.step) as temporary:
                 with _disk_errors():
                     self._write_adapter(temporary)
-                    torch.save(self._optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+                    torch.save(self._optimizer_state.to_dict(), temporary / OPTIMIZER_FILE)
                 text = json.dumps(state.to_dict(), indent=2)
                 (temporary / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
@@ -87,7 +88,7 @@ class CheckpointWriter:
             why="training is done but its result is only in memory, which ends with this process",
             fix=f"free some space and `--resume`: step {existing[-1].step} is saved"
             if existing
-            else "free some space and start again",
+            else f"free some space; `--resume {self._folder.parent}` then starts from the beginning",
         ) from self.failure
 
 
@@ -106,11 +107,11 @@ def _disk_errors() -> Iterator[None]:
         raise OSError(errno.ENOSPC, f"the optimiser state cannot be written: {error}") from error
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load a checkpoint's optimiser state into `optimizer`; only tensors and plain values are unpickled."""
+def restore_optimizer(optimizer_state: OptimizerState, folder: Path) -> None:
+    """Load a checkpoint's optimiser state; only tensors and plain values are unpickled."""
     try:
         saved = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved)
+        optimizer_state.load(saved)
     except (ValueError, KeyError) as error:
         raise RunError(
             "resume-optimizer-changed",

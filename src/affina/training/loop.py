@@ -43,6 +43,10 @@ class BatchSource(Protocol):
         """The micro-batches of optimiser step `step`, on the training device."""
         ...
 
+    def describe(self, step: int) -> str:
+        """Which samples step `step` sees, for a message: `samples 12, 55 and 8 more`."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a resumed source needs besides the step number; empty for data that is on disk."""
         ...
@@ -65,6 +69,7 @@ class LoopSettings:
 
 def train(
     model: nn.Module,
+    parameters: Sequence[nn.Parameter],
     source: BatchSource,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -78,30 +83,34 @@ def train(
     observers: Observers,
     stop_requested: Callable[[], bool],
     memory_bytes: Callable[[], int],
+    make_room: Callable[[], str | None] | None = None,
 ) -> TrainState:
-    """Train the parameters of `model` that require gradients, from `state.step` to `settings.num_steps`.
+    """Train `parameters`, with the gradients that `objective` on `model` gives them, from `state.step` on.
+
+    make_room: called when memory runs out in a step; frees some and says how, or returns None
 
     Returns `state` with `stop_reason` set. The last step is validated and saved, also after a stop request.
 
     Raises TrainingError `loss-not-finite` when more than `max_skipped_steps` steps had NaN or infinite gradients.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     while state.stop_reason is None:
         if state.step >= settings.num_steps:
             state.stop_reason = "completed"
             break
         started = time.perf_counter()
-        seed_step(settings.seed, state.step)
         batches = source.step(state.step)
         num_supervised = sum(batch.num_supervised for batch in batches)
 
-        loss = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
-        for batch in batches:
-            loss_sum, _ = objective(model, batch)
-            (loss_sum * (loss_scale.scale / num_supervised)).backward()
-            loss += loss_sum.detach() / num_supervised
-
+        loss = accumulate(
+            model,
+            batches,
+            objective,
+            num_supervised=num_supervised,
+            loss_scale=loss_scale.scale,
+            begin=lambda: seed_step(settings.seed, state.step),
+            make_room=lambda: _make_room(make_room, optimizer, observers, state.step),
+        )
         learning_rate = schedule(state.step)
         grad_norm = clip_gradients(parameters, settings.max_grad_norm, loss_scale.scale)
         is_finite = math.isfinite(grad_norm)
@@ -110,7 +119,7 @@ def train(
                 group["lr"] = learning_rate
             optimizer.step()
         else:
-            _count_skip(state, loss_scale, float(loss), settings, observers)
+            _count_skip(state, loss_scale, float(loss), settings, observers, source.describe(state.step))
         optimizer.zero_grad(set_to_none=True)
         loss_scale.update(is_finite=is_finite)
 
@@ -177,12 +186,59 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, loss_sca
     return true_norm
 
 
+def accumulate(
+    model: nn.Module,
+    batches: Sequence[Any],
+    objective: Objective,
+    *,
+    num_supervised: int,
+    loss_scale: float,
+    begin: Callable[[], None],
+    make_room: Callable[[], bool],
+) -> Tensor:
+    """Σ losses / num_supervised, [] float32, with its gradients, times `loss_scale`, in the parameters.
+
+    begin:     called before the first batch; seeds the step
+    make_room: called when memory runs out; drops the gradients that are there, and says whether a repetition will need
+               less. Same batches, same seed, same optimiser state, hence the same step.
+    """
+    while True:
+        begin()
+        try:
+            losses = []
+            for batch in batches:
+                loss_sum, _ = objective(model, batch)
+                (loss_sum * (loss_scale / num_supervised)).backward()  # type: ignore[no-untyped-call]
+                losses.append(loss_sum.detach() / num_supervised)
+            return torch.stack(losses).sum()
+        except torch.OutOfMemoryError:
+            if not make_room():
+                raise
+        torch.cuda.empty_cache()  # here, where the error no longer holds the failed step's tensors
+
+
+def _make_room(
+    make_room: Callable[[], str | None] | None, optimizer: torch.optim.Optimizer, observers: Observers, step: int
+) -> bool:
+    """Whether a step that ran out of memory can be repeated with less; says how."""
+    optimizer.zero_grad(set_to_none=True)
+    kept = make_room() if make_room is not None else None
+    if kept is None:
+        return False
+    observers.event(
+        "out-of-memory-recovered",
+        f"step {step + 1} ran out of memory and is repeated with more recomputation: layers keep {kept}",
+        step=step + 1,
+    )
+    return True
+
+
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
 def _count_skip(
-    state: TrainState, loss_scale: LossScale, loss: float, settings: LoopSettings, observers: Observers
+    state: TrainState, loss_scale: LossScale, loss: float, settings: LoopSettings, observers: Observers, samples: str
 ) -> None:
     """Count a step whose gradients are not finite; raise when there were too many."""
     if math.isfinite(loss) and loss_scale.can_shrink:
@@ -193,14 +249,14 @@ def _count_skip(
     state.num_skipped += 1
     observers.event(
         "step-skipped",
-        f"step {state.step + 1} skipped: loss {loss:.4g}, gradients not finite",
+        f"step {state.step + 1} skipped: loss {loss:.4g}, gradients not finite; it saw {samples}",
         step=state.step + 1,
         num_skipped=state.num_skipped,
     )
     if state.num_skipped > settings.max_skipped_steps:
         raise TrainingError(
             "loss-not-finite",
-            f"{state.num_skipped} steps had NaN or infinite gradients, the last at step {state.step + 1}",
+            f"{state.num_skipped} steps had NaN or infinite gradients, the last at step {state.step + 1} ({samples})",
             why=f"training.max_skipped_steps allows {settings.max_skipped_steps}; the run is not learning any more",
             fix="lower training.learning_rate (a third of it), or training.precision: bf16 instead of fp16; "
             "`--resume` continues from the last checkpoint",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from affina.config.schema import RunConfig
@@ -25,6 +26,8 @@ from affina.models.adapters import save_adapter
 from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.build import LoadedModel
 from affina.models.device import memory_stats
+from affina.models.engines import engine_of, trainable_parameters
+from affina.models.fast import fast_engine_of, flat_adapter_of
 from affina.models.forward import probe_batch, supervised_loss
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, require_whole
@@ -44,6 +47,7 @@ from affina.training.loop import BatchSource, train
 from affina.training.loss_scale import LossScale
 from affina.training.objectives.sft import sft_objective
 from affina.training.optim import build_optimizer
+from affina.training.optimizer_state import OptimizerState
 from affina.training.signals import stop_on_signals
 from affina.training.source import PlannedBatches, StreamedBatches, validation_batches
 from affina.training.state import StopReason, TrainState
@@ -88,20 +92,22 @@ def run_training(
     Raises TrainingError, RunError; whatever was saved before stays.
     """
     model, device = loaded.model, loaded.device
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_trainable = sum(parameter.numel() for parameter in parameters)
+    parameters = trainable_parameters(model)
+    adapter_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable = sum(parameter.numel() for parameter in adapter_parameters)
     num_parameters = loaded.num_parameters
     require_free_space(run.path, checkpoint_bytes(num_trainable, keep_last=config.training.keep_last))
 
     optimizer = build_optimizer(parameters, build_optimizer_options(config.training))
+    optimizer_state = OptimizerState(optimizer, flat_adapter_of(model), adapter_parameters)
     state = TrainState()
     if checkpoint is not None:
-        state = _restore(checkpoint, model, optimizer)
+        state = _restore(checkpoint, model, optimizer_state)
 
     source, num_steps, num_samples = _build_source(config, data, tokenizer, device, state)
-    if checkpoint is not None:
-        # Only now: a resume that was refused above must leave the records of the steps after the checkpoint.
-        JsonLinesFile(run.metrics_file).keep_until_step(checkpoint.step)
+    # Only now: a resume that was refused above must leave the records of the steps after the checkpoint. Without one
+    # they are those of an attempt that ended before its first checkpoint.
+    JsonLinesFile(run.metrics_file).keep_until_step(state.step)
     validation_tokens = int(data.validation.lengths.sum())
     tokens_per_step = _tokens_per_step(config, data)
     settings = build_settings(
@@ -117,7 +123,7 @@ def run_training(
     writer = CheckpointWriter(
         run.checkpoints,
         write_adapter=lambda folder: save_adapter(model, folder, contract=data.contract, base=loaded.identity),
-        optimizer=optimizer,
+        optimizer_state=optimizer_state,
         observers=observers,
         keep_last=config.training.keep_last,
         keep_best=settings.save_best,
@@ -151,15 +157,17 @@ def run_training(
     loss_scale = LossScale.for_precision(is_float16=loaded.compute_dtype is torch.float16)
     if checkpoint is not None and loss_scale.enabled:
         loss_scale.scale, loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
+    _enable_graphs(config, loaded, observers)
     try:
         kernels = deterministic_kernels(
             config.training.deterministic,
-            lambda: _probe_backward(model),
+            lambda: _probe_backward(model, parameters),
             lambda message: observers.event("note", message),
         )
         with kernels, stop_on_signals() as stop:
             train(
                 model,
+                parameters,
                 source,
                 sft_objective,
                 optimizer,
@@ -171,6 +179,7 @@ def run_training(
                 save=writer,
                 observers=observers,
                 stop_requested=lambda: bool(stop),
+                make_room=engine.make_room if (engine := engine_of(model)) is not None else None,
                 memory_bytes=peak,
             )
         writer.require_last_written()
@@ -203,12 +212,19 @@ def run_training(
     )
 
 
-def _probe_backward(model: nn.Module) -> None:
+def _enable_graphs(config: RunConfig, loaded: LoadedModel, observers: Observers) -> None:
+    """Replay packed rows as CUDA graphs, where they have one shape and the fast engine computes them."""
+    engine = fast_engine_of(loaded.model)
+    is_16_bit = loaded.compute_dtype in (torch.float16, torch.bfloat16)
+    if engine is not None and loaded.device.type == "cuda" and is_16_bit and config.data.packing:
+        engine.enable_graphs(lambda message: observers.event("note", message))
+
+
+def _probe_backward(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """One small forward and backward pass; leaves no gradients and no trace in the random state."""
     with torch.random.fork_rng():
         loss, _ = supervised_loss(model, probe_batch(model))
-        loss.backward()  # type: ignore[no-untyped-call]
-    model.zero_grad(set_to_none=True)
+        torch.autograd.grad(loss, parameters)
 
 
 def publish_adapter(run: RunDirectory, step: int) -> None:
@@ -249,10 +265,10 @@ class PeakMemory:
         return memory_stats(self._device).peak_bytes
 
 
-def _restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+def _restore(checkpoint: Checkpoint, model: PeftModel, optimizer_state: OptimizerState) -> TrainState:
     require_whole(checkpoint)
     restore_adapter_weights(model, checkpoint.path)
-    restore_optimizer(optimizer, checkpoint.path)
+    restore_optimizer(optimizer_state, checkpoint.path)
     return restore_state(checkpoint.path)
 
 

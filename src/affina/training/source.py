@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,9 @@ class PlannedBatches:
 
     def step(self, step: int) -> list[Batch]:
         return [self._batch(self._store.take(indices)) for indices in self._plan.step(step)]
+
+    def describe(self, step: int) -> str:
+        return name_samples(index for row in self._plan.step(step) for index in row)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -84,6 +87,9 @@ class StreamedBatches:
             for samples in self._next_rows()
         ]
 
+    def describe(self, step: int) -> str:
+        return f"the stream's samples of step {step + 1}"
+
     def state(self) -> dict[str, Any]:
         return self._stream.state.to_dict()
 
@@ -97,6 +103,13 @@ class StreamedBatches:
                 fix="set data.on_error: fail to see what is wrong with the records",
             )
         return rows
+
+
+def name_samples(indices: Iterable[int], *, limit: int = 8) -> str:
+    """`samples 12, 55 and 8 more`: numbers of training samples as `affina data --show` counts them, from 0."""
+    numbers = list(indices)
+    shown = ", ".join(str(number) for number in numbers[:limit])
+    return f"samples {shown}" + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
 
 
 def validation_batches(

@@ -51,7 +51,14 @@ class TensorBoardTracker(_ScalarTracker):
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
+        self._writer_type: Any = SummaryWriter
+        self._directory = directory / "tensorboard"
+        self._writer: Any = None
+
+    def on_start(self, facts: RunFacts) -> None:
+        # A run that goes on, or begins again, takes steps that an earlier process may have logged: those are hidden.
+        self._writer = self._writer_type(str(self._directory), purge_step=facts.first_step + 1)
+        super().on_start(facts)
 
     def log_settings(self, settings: dict[str, Any]) -> None:
         rows = "\n".join(f"    {key}: {value}" for key, value in settings.items())

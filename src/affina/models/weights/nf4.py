@@ -87,14 +87,15 @@ class Nf4Linear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(device_type))
         bias = self.bias.to(input.dtype) if self.bias is not None else None
         if self.keeps_dense_weight:
-            return nn.functional.linear(input, self._dense(input.dtype), bias)
+            return nn.functional.linear(input, self.dense_weight(input.dtype), bias)
         if not (torch.is_grad_enabled() and input.requires_grad):
             return nn.functional.linear(input, self.dequantize(input.dtype), bias)
         with torch.autocast(device_type, enabled=False):
             output: Tensor = _FrozenLinear.apply(input, self.quantized, bias)  # type: ignore[no-untyped-call]
         return output
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] the dense weight, expanded at the first call and kept; see `cache_dequantized`."""
         if self._dense_weight is None or self._dense_weight.dtype != dtype:
             self._dense_weight = self.dequantize(dtype)
         return self._dense_weight

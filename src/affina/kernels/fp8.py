@@ -1,0 +1,222 @@
+"""8-bit floating point (e4m3) with one scale per row: quantise, and multiply.
+
+Legend: M rows (tokens), N outputs, K inputs (the contracted axis), u = 2⁻⁴ half a unit of e4m3.
+
+**Format.** e4m3 has a sign, 4 bits of exponent and 3 of mantissa: ±448 down to 2⁻⁶ with full precision, then steps of
+2⁻⁹ to 0; no infinity, one NaN. Micikevicius et al., *FP8 Formats for Deep Learning*, arXiv:2209.05433, table 1.
+
+**Maths.** A row is scaled so that its largest number lands on the largest of the format, then rounded to nearest even:
+
+    t = max |x_k|       s = t / 448  (1 for a row of zeros)       q_k = e4m3(x_k · (448 / t))       x̂_k = q_k · s
+
+Both quotients are float32 divisions; the product is float32, rounded once more to e4m3. Nothing can saturate:
+x · (448 / t) is at most 448 (1 + 2⁻²³), and everything below 464 rounds to 448. Rows whose largest number is below
+448 · 2⁻¹²⁶ are scaled by 2¹²⁶, the largest factor that does not overflow. NaN and infinity make their numbers NaN; they
+are not hidden.
+
+The scales of the rows of both factors leave the sum over k and are applied once, to the float32 result:
+
+    y = x Wᵀ:      y_mn = s_m s'_n Σ_k q_mk q'_nk
+
+**Error.** A number in the format's normal range, i.e. above 2⁻¹⁵ of its row's largest (2⁻⁶ / 448), is off by at most
+u = 6% of itself and about 2.6% in the root mean square; a smaller one by at most 2⁻¹⁰ · s, 2·10⁻⁶ of the row's
+largest. Errors of different numbers are as good as independent, so those of a product's K terms average: with both
+factors rounded a dot product is off by about 3.7% of √(Σ_k x_k² w_k²), whatever K. One scale per *row*, not per tensor:
+a token with large activations does not cost others their small numbers (range is not the problem of one row: e4m3 spans
+2¹⁸). The matrix unit of Hopper adds products with fewer than 24 bits when `use_fast_accum` is set and promotes partial
+sums to float32 otherwise, at about a third of the speed; the loss is far below that of the format.
+
+**The input gradient** dx = dy · W contracts over N, and Hopper's unit wants both factors contiguous along the
+contracted axis. Two ways:
+
+- `Fp8Weight.backward`: a second copy Wᵀ [K, N], quantised with scales of its own per row of Wᵀ. 2 bytes per weight; the
+  gradient belongs to a weight that differs from the forward pass's by its rounding.
+- `transpose_codes(forward)` when it is needed, with the forward scales, which lie on the contracted axis, multiplied
+  into dy before dy is quantised (`quantize_rows(dy, column_factor=forward_scale)`): dx = (dy ∘ s') · Q'. 1 byte per
+  weight, 2 bytes moved per use, and the gradient is that of the very weight the forward pass used.
+
+**Bytes.** Quantising reads 2 (or 4) and writes 1 per number. Row offsets are 64 bits wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from affina.kernels.dispatch import use_triton
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST_MAXIMUM = LARGEST * 2.0**-126
+"""Below it 448 / max would overflow float32."""
+GEMM_MULTIPLE = 16
+"""Matrix units take sizes N and K that are multiples of this; M is free."""
+
+
+@torch.no_grad()
+def quantize_rows(
+    x: Tensor, *, column_factor: Tensor | None = None, out: Tensor | None = None, scale_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x in e4m3 and the scale of every row: ([M, K] float8_e4m3fn, [M] float32) with x ≈ codes · scale.
+
+    x:             [M, K] bf16, fp16 or fp32; a row is contiguous, rows may be apart
+    column_factor: [K] fp32, multiplied into the columns of x before quantising, or None
+    out:           [M, K] float8_e4m3fn memory for the codes; a row is contiguous, rows may be apart
+    scale_out:     [M] fp32 memory for the scales
+    """
+    assert x.dim() == 2, f"rows of a matrix, got {tuple(x.shape)}"
+    assert x.shape[1] <= 1 or x.stride(1) == 1, "the numbers of a row must lie side by side"
+    codes = out if out is not None else torch.empty(x.shape, dtype=E4M3, device=x.device)
+    scale = scale_out if scale_out is not None else torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    assert codes.shape == x.shape, f"{tuple(codes.shape)} memory for {tuple(x.shape)} codes"
+    assert codes.dtype == E4M3, f"{codes.dtype} memory for e4m3"
+    assert codes.shape[1] <= 1 or codes.stride(1) == 1, "the codes of a row must lie side by side"
+    assert scale.shape == x.shape[:1], "one scale for each row"
+    assert scale.dtype == torch.float32, f"scales are float32, not {scale.dtype}"
+    assert scale.is_contiguous(), "scales must be contiguous"
+    if x.numel() == 0:
+        return codes, scale.fill_(1.0)
+    if not use_triton(x):
+        _quantize_rows(x, column_factor, codes, scale)
+        return codes, scale
+    from affina.kernels.triton import fp8 as kernel
+
+    kernel.quantize_rows(x, column_factor.contiguous() if column_factor is not None else None, codes, scale)
+    return codes, scale
+
+
+def _quantize_rows(x: Tensor, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:
+    """The specification."""
+    numbers = x.float() if column_factor is None else x.float() * column_factor
+    maximum = numbers.abs().amax(dim=1)
+    clamped = maximum.clamp(min=SMALLEST_MAXIMUM)
+    # Tensor by tensor: PyTorch divides a tensor by a number, or a number by it, as a product with a rounded reciprocal.
+    largest = torch.full_like(clamped, LARGEST)
+    torch.where(maximum == 0, torch.ones_like(maximum), clamped / largest, out=scale)
+    codes.copy_(numbers * (largest / clamped).unsqueeze(1))
+
+
+@torch.no_grad()
+def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[M, K] codes · scale in `dtype`: the float32 product, rounded once."""
+    return (codes.float() * scale.unsqueeze(1)).to(dtype)
+
+
+@torch.no_grad()
+def fp8_linear(
+    x8: Tensor,
+    x_scale: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    use_fast_accum: bool = True,
+) -> Tensor:
+    """[M, N] x Wᵀ + b in `out_dtype`; no autograd.
+
+    x8, x_scale:    [M, K] e4m3 and [M] fp32, from `quantize_rows`
+    w8, w_scale:    [N, K] e4m3 and [N] fp32
+    out_dtype:      on CUDA the product is bfloat16 (what row-wise scaled products give there) and cast when another
+                    type is asked for; on a CPU it is float32
+    bias:           [N] or None
+    use_fast_accum: let the matrix unit add with fewer bits (see the module)
+
+    On CUDA N and K are multiples of 16 and rows are contiguous; needs compute capability 8.9 or 9.0 and later.
+    """
+    assert x8.shape[1] == w8.shape[1], f"{tuple(x8.shape)} and {tuple(w8.shape)} do not share K"
+    if x8.device.type != "cuda":
+        return _fp8_linear(x8, x_scale, w8, w_scale, out_dtype, bias)
+    for size in w8.shape:
+        assert size % GEMM_MULTIPLE == 0, f"a weight of {tuple(w8.shape)} is no multiple of {GEMM_MULTIPLE}"
+    product = torch._scaled_mm(
+        x8,
+        w8.t(),
+        scale_a=x_scale.unsqueeze(1),
+        scale_b=w_scale.unsqueeze(0),
+        bias=bias.to(torch.bfloat16) if bias is not None else None,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=use_fast_accum,
+    )
+    assert isinstance(product, Tensor)
+    return product.to(out_dtype)
+
+
+def _fp8_linear(
+    x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, out_dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    """The specification: codes are multiplied exactly, added in float32, and scaled."""
+    product = x8.float() @ w8.float().t()
+    product.mul_(x_scale.unsqueeze(1)).mul_(w_scale)
+    if bias is not None:
+        product += bias.float()
+    return product.to(out_dtype)
+
+
+# Weights
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A frozen weight W [N, K] for both products of a linear layer.
+
+    forward, forward_scale:   [N, K] e4m3 and [N] fp32:  y = x Wᵀ
+    backward, backward_scale: [K, N] e4m3 and [K] fp32: dx = dy W; None where the forward copy is transposed at use
+    """
+
+    forward: Tensor
+    forward_scale: Tensor
+    backward: Tensor | None
+    backward_scale: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.forward, self.forward_scale, self.backward, self.backward_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K] the weight that the forward pass multiplies by."""
+        return dequantize_rows(self.forward, self.forward_scale, dtype)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, *, with_backward: bool = True) -> Fp8Weight:
+    """`weight` [N, K] (bf16, fp16 or fp32) in e4m3, with the copy for the input gradient unless it is not wanted."""
+    forward, forward_scale = quantize_rows(weight.detach())
+    if not with_backward:
+        return Fp8Weight(forward, forward_scale, None, None)
+    backward, backward_scale = quantize_rows(weight.detach().t().contiguous())
+    return Fp8Weight(forward, forward_scale, backward, backward_scale)
+
+
+@torch.no_grad()
+def fp8_linear_backward(
+    gradient: Tensor, weight: Fp8Weight, *, out_dtype: torch.dtype, use_fast_accum: bool = True
+) -> Tensor:
+    """[M, K] dy W for dy [M, N] (bf16, fp16 or fp32), quantising dy; either form of the weight."""
+    if weight.backward is not None and weight.backward_scale is not None:
+        codes, scale = quantize_rows(gradient)
+        return fp8_linear(
+            codes, scale, weight.backward, weight.backward_scale, out_dtype=out_dtype, use_fast_accum=use_fast_accum
+        )
+    codes, scale = quantize_rows(gradient, column_factor=weight.forward_scale)
+    transposed = transpose_codes(weight.forward)
+    ones = torch.ones(transposed.shape[0], dtype=torch.float32, device=transposed.device)
+    return fp8_linear(codes, scale, transposed, ones, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+
+
+@torch.no_grad()
+def transpose_codes(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """[K, N] contiguous, the transpose of `codes` [N, K] e4m3, written to `out` if given."""
+    rows, columns = codes.shape
+    transposed = out if out is not None else torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
+    assert transposed.shape == (columns, rows), f"{tuple(transposed.shape)} memory for {(columns, rows)} codes"
+    if not use_triton(codes) or codes.numel() == 0:
+        return transposed.copy_(codes.t())
+    from affina.kernels.triton import fp8 as kernel
+
+    kernel.transpose_codes(codes, transposed)
+    return transposed

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation; imported only where `affina.kernels.dispatch.use_triton` says so."""

@@ -1,0 +1,75 @@
+"""The low-rank product t · Bᵀ inside other Triton kernels: a tile of it, made in registers, never in memory."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_BLOCK_RANK = 16
+"""Matrix units multiply 16 columns of the left factor at least; a smaller rank is padded with zeros."""
+MAX_BLOCK_RANK = 64
+"""Columns of a larger rank are added up in steps of this, so that both factors' tiles stay small."""
+MAX_FACTOR_BYTES = 16384
+"""The largest tile of B: it lies in shared memory, of which the smallest supported GPU gives a program 64 KiB."""
+
+
+@triton.jit
+def low_rank_tile(
+    t_ptr,
+    t_stride,
+    b_ptr,
+    b_stride,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_COLUMNS] float32: entry (i, j) is t[rows[i]] · b[columns[j]].
+
+    rows and columns are int64; WIDEN multiplies in float32 where the interpreter cannot multiply the type.
+    """
+    ranks = tl.arange(0, BLOCK_RANK)
+    product = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+    for first in range(0, RANK, BLOCK_RANK):
+        rank_mask = first + ranks < RANK
+        t = tl.load(
+            t_ptr + rows[:, None] * t_stride + (first + ranks)[None, :],
+            mask=row_mask[:, None] & rank_mask[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + columns[None, :] * b_stride + (first + ranks)[:, None],
+            mask=column_mask[None, :] & rank_mask[:, None],
+            other=0.0,
+        )
+        if WIDEN:
+            t = t.to(tl.float32)
+            b = b.to(tl.float32)
+        product = tl.dot(t, b, product, input_precision="ieee")
+    return product
+
+
+def block_rank(rank: int, block_columns: int, b: Tensor) -> int:
+    """Columns of t and B that one product takes with BLOCK_COLUMNS rows of B."""
+    largest = MAX_FACTOR_BYTES // (block_columns * b.element_size())
+    wanted = min(MAX_BLOCK_RANK, triton.next_power_of_2(max(1, rank)))
+    return max(MIN_BLOCK_RANK, min(wanted, triton.next_power_of_2(largest + 1) // 2))
+
+
+def must_widen(tensor: Tensor) -> bool:
+    """Whether products need float32 operands: Triton 3.6's interpreter multiplies bfloat16 as if it were integers."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
+def row_stride(rows: Tensor) -> int:
+    """Elements from one row to the next of [M, N]; the elements of a row must be neighbours."""
+    assert rows.stride(1) == 1 or rows.shape[1] == 1, f"the last dimension has stride {rows.stride(1)}"
+    return rows.stride(0)

@@ -1,0 +1,722 @@
+"""Triton kernels of `affina.kernels.qk_rope`, whose docstring holds the maths.
+
+One launch handles the queries, the keys and the values. A program owns a block of tokens and a few heads of one of the
+three; it holds the block's cosines and sines in registers and walks over its heads, each a pair of tiles
+[BLOCK_TOKENS, BLOCK_HALF]: the first and the second half of the head. Halves that are no power of two are masked.
+
+Everything of a head is read before it is written and no two programs share a head, so the backward pass may write over
+`qkv`. A tile has at least as many elements as the program has threads: of two threads that hold the same element one
+could read it again after the other has written it.
+
+`num_tokens` is not specialised: another number of tokens must not compile another kernel in the middle of a run.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from affina.kernels.triton.low_rank import block_rank, low_rank_tile, must_widen, row_stride
+
+if TYPE_CHECKING:
+    from affina.kernels.qk_rope import Heads, QkvUpdate
+
+_WARP = 32
+_NUM_WARPS = 4
+_HEADS_PER_PROGRAM = 4
+_PLAIN_TILE_ELEMENTS = 1024
+_UPDATE_TILE_ELEMENTS = 2048
+_MIN_BLOCK_TOKENS = 16
+
+
+@triton.jit
+def _load_head(
+    qkv_ptr,
+    qkv_stride,
+    column,
+    t_ptr,
+    t_stride,
+    b_ptr,
+    b_stride,
+    b_row,
+    scale,
+    tokens,
+    token_mask,
+    halves,
+    half_mask,
+    HALF: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Both halves [BLOCK_TOKENS, BLOCK_HALF] float32 of the head that begins at `column`, with its update.
+
+    The head's rows of B begin at `b_row` (int64).
+    """
+    mask = token_mask[:, None] & half_mask[None, :]
+    pointers = qkv_ptr + tokens[:, None] * qkv_stride + (column + halves)[None, :]
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        b_rows = b_row + halves
+        first += scale * low_rank_tile(
+            t_ptr,
+            t_stride,
+            b_ptr,
+            b_stride,
+            tokens,
+            token_mask,
+            b_rows,
+            half_mask,
+            RANK,
+            BLOCK_RANK,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            WIDEN,
+        )
+        second += scale * low_rank_tile(
+            t_ptr,
+            t_stride,
+            b_ptr,
+            b_stride,
+            tokens,
+            token_mask,
+            b_rows + HALF,
+            half_mask,
+            RANK,
+            BLOCK_RANK,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            WIDEN,
+        )
+    return first, second
+
+
+@triton.jit
+def _load_half_row(pointer, rows, stride, token_mask, halves, half_mask):
+    """[BLOCK_TOKENS, BLOCK_HALF] float32: cosines or sines of the tokens."""
+    mask = token_mask[:, None] & half_mask[None, :]
+    return tl.load(pointer + rows[:, None] * stride + halves[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _reciprocal_root_mean_square(first, second, epsilon, HALF: tl.constexpr):
+    return tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + epsilon)[:, None]
+
+
+@triton.jit
+def _forward_heads(
+    qkv_ptr,
+    qkv_stride,
+    first_column,
+    out_ptr,
+    weight_ptr,
+    cos_ptr,
+    cos_stride,
+    sin_ptr,
+    sin_stride,
+    epsilon,
+    t_ptr,
+    t_stride,
+    b_ptr,
+    b_stride,
+    scale,
+    first_head,
+    tokens,
+    token_mask,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Norm and rotation of up to HEADS_PER_PROGRAM heads from `first_head` (int64) on."""
+    halves = tl.arange(0, BLOCK_HALF)
+    half_mask = halves < HALF
+    if ROTATE:
+        cos = _load_half_row(cos_ptr, tokens, cos_stride, token_mask, halves, half_mask)
+        sin = _load_half_row(sin_ptr, tokens, sin_stride, token_mask, halves, half_mask)
+    if HAS_WEIGHT:
+        first_weight = tl.load(weight_ptr + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+        second_weight = tl.load(weight_ptr + HALF + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    for step in range(HEADS_PER_PROGRAM):
+        head = first_head + step
+        head_mask = half_mask & (head < NUM_HEADS)
+        mask = token_mask[:, None] & head_mask[None, :]
+        column = head * (2 * HALF)
+        first, second = _load_head(
+            qkv_ptr,
+            qkv_stride,
+            first_column + column,
+            t_ptr,
+            t_stride,
+            b_ptr,
+            b_stride,
+            column,
+            scale,
+            tokens,
+            token_mask,
+            halves,
+            head_mask,
+            HALF,
+            RANK,
+            BLOCK_RANK,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            WIDEN,
+        )
+        if HAS_WEIGHT:
+            rstd = _reciprocal_root_mean_square(first, second, epsilon, HALF)
+            first = first * rstd * first_weight
+            second = second * rstd * second_weight
+        if ROTATE:
+            rotated_first = first * cos - second * sin
+            rotated_second = second * cos + first * sin
+        else:
+            rotated_first = first
+            rotated_second = second
+        pointers = out_ptr + tokens[:, None] * (NUM_HEADS * 2 * HALF) + (column + halves)[None, :]
+        tl.store(pointers, rotated_first.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(pointers + HALF, rotated_second.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward_kernel(
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    t_ptr,
+    b_q_ptr,
+    b_k_ptr,
+    b_v_ptr,
+    num_tokens,
+    qkv_stride,
+    cos_stride,
+    sin_stride,
+    t_stride,
+    b_q_stride,
+    b_k_stride,
+    b_v_stride,
+    scale_q,
+    scale_k,
+    scale_v,
+    epsilon,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_Q_WEIGHT: tl.constexpr,
+    HAS_K_WEIGHT: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+    RANK_Q: tl.constexpr,
+    RANK_K: tl.constexpr,
+    RANK_V: tl.constexpr,
+    BLOCK_RANK_Q: tl.constexpr,
+    BLOCK_RANK_K: tl.constexpr,
+    BLOCK_RANK_V: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    q_groups: tl.constexpr = (NUM_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    kv_groups: tl.constexpr = (NUM_KV_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    num_groups: tl.constexpr = q_groups + kv_groups * (2 if WITH_VALUES else 1)
+    program = tl.program_id(0)
+    group = (program % num_groups).to(tl.int64)
+    tokens = (program // num_groups).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token_mask = tokens < num_tokens
+    if group < q_groups:
+        _forward_heads(
+            qkv_ptr,
+            qkv_stride,
+            0,
+            q_ptr,
+            q_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr,
+            t_stride,
+            b_q_ptr,
+            b_q_stride,
+            scale_q,
+            group * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_HEADS,
+            HALF,
+            HAS_Q_WEIGHT,
+            True,
+            RANK_Q,
+            BLOCK_RANK_Q,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+    elif group < q_groups + kv_groups:
+        _forward_heads(
+            qkv_ptr,
+            qkv_stride,
+            NUM_HEADS * 2 * HALF,
+            k_ptr,
+            k_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr + RANK_Q,
+            t_stride,
+            b_k_ptr,
+            b_k_stride,
+            scale_k,
+            (group - q_groups) * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_KV_HEADS,
+            HALF,
+            HAS_K_WEIGHT,
+            True,
+            RANK_K,
+            BLOCK_RANK_K,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+    else:
+        _forward_heads(
+            qkv_ptr,
+            qkv_stride,
+            (NUM_HEADS + NUM_KV_HEADS) * 2 * HALF,
+            v_ptr,
+            k_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr + RANK_Q + RANK_K,
+            t_stride,
+            b_v_ptr,
+            b_v_stride,
+            scale_v,
+            (group - q_groups - kv_groups) * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_KV_HEADS,
+            HALF,
+            False,
+            False,
+            RANK_V,
+            BLOCK_RANK_V,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+
+
+@triton.jit
+def _backward_heads(
+    grad_ptr,
+    grad_stride,
+    grad_head_stride,
+    qkv_ptr,
+    qkv_stride,
+    first_column,
+    out_ptr,
+    out_stride,
+    weight_ptr,
+    cos_ptr,
+    cos_stride,
+    sin_ptr,
+    sin_stride,
+    epsilon,
+    t_ptr,
+    t_stride,
+    b_ptr,
+    b_stride,
+    scale,
+    first_head,
+    tokens,
+    token_mask,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Gradients of up to HEADS_PER_PROGRAM heads from `first_head` (int64) on, before the rotation and the norm."""
+    halves = tl.arange(0, BLOCK_HALF)
+    half_mask = halves < HALF
+    if ROTATE:
+        cos = _load_half_row(cos_ptr, tokens, cos_stride, token_mask, halves, half_mask)
+        sin = _load_half_row(sin_ptr, tokens, sin_stride, token_mask, halves, half_mask)
+    if HAS_WEIGHT:
+        first_weight = tl.load(weight_ptr + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+        second_weight = tl.load(weight_ptr + HALF + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    for step in range(HEADS_PER_PROGRAM):
+        head = first_head + step
+        head_mask = half_mask & (head < NUM_HEADS)
+        mask = token_mask[:, None] & head_mask[None, :]
+        column = head * (2 * HALF)
+        grads = grad_ptr + tokens[:, None] * grad_stride + head * grad_head_stride + halves[None, :]
+        first_grad = tl.load(grads, mask=mask, other=0.0).to(tl.float32)
+        second_grad = tl.load(grads + HALF, mask=mask, other=0.0).to(tl.float32)
+        if ROTATE:
+            first_out = first_grad * cos + second_grad * sin
+            second_out = second_grad * cos - first_grad * sin
+        else:
+            first_out = first_grad
+            second_out = second_grad
+        if HAS_WEIGHT:
+            first, second = _load_head(
+                qkv_ptr,
+                qkv_stride,
+                first_column + column,
+                t_ptr,
+                t_stride,
+                b_ptr,
+                b_stride,
+                column,
+                scale,
+                tokens,
+                token_mask,
+                halves,
+                head_mask,
+                HALF,
+                RANK,
+                BLOCK_RANK,
+                BLOCK_TOKENS,
+                BLOCK_HALF,
+                WIDEN,
+            )
+            rstd = _reciprocal_root_mean_square(first, second, epsilon, HALF)
+            first *= rstd
+            second *= rstd
+            first_out *= first_weight
+            second_out *= second_weight
+            mean = (tl.sum(first_out * first, axis=1) + tl.sum(second_out * second, axis=1))[:, None] / (2 * HALF)
+            first_out = rstd * (first_out - first * mean)
+            second_out = rstd * (second_out - second * mean)
+        pointers = out_ptr + tokens[:, None] * out_stride + (first_column + column + halves)[None, :]
+        tl.store(pointers, first_out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(pointers + HALF, second_out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _backward_kernel(
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    qkv_ptr,
+    out_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    t_ptr,
+    b_q_ptr,
+    b_k_ptr,
+    num_tokens,
+    grad_q_stride,
+    grad_q_head_stride,
+    grad_k_stride,
+    grad_k_head_stride,
+    grad_v_stride,
+    grad_v_head_stride,
+    qkv_stride,
+    out_stride,
+    cos_stride,
+    sin_stride,
+    t_stride,
+    b_q_stride,
+    b_k_stride,
+    scale_q,
+    scale_k,
+    epsilon,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_Q_WEIGHT: tl.constexpr,
+    HAS_K_WEIGHT: tl.constexpr,
+    RANK_Q: tl.constexpr,
+    RANK_K: tl.constexpr,
+    BLOCK_RANK_Q: tl.constexpr,
+    BLOCK_RANK_K: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    q_groups: tl.constexpr = (NUM_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    kv_groups: tl.constexpr = (NUM_KV_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    num_groups: tl.constexpr = q_groups + 2 * kv_groups
+    program = tl.program_id(0)
+    group = (program % num_groups).to(tl.int64)
+    tokens = (program // num_groups).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token_mask = tokens < num_tokens
+    if group < q_groups:
+        _backward_heads(
+            grad_q_ptr,
+            grad_q_stride,
+            grad_q_head_stride,
+            qkv_ptr,
+            qkv_stride,
+            0,
+            out_ptr,
+            out_stride,
+            q_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr,
+            t_stride,
+            b_q_ptr,
+            b_q_stride,
+            scale_q,
+            group * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_HEADS,
+            HALF,
+            HAS_Q_WEIGHT,
+            True,
+            RANK_Q,
+            BLOCK_RANK_Q,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+    elif group < q_groups + kv_groups:
+        _backward_heads(
+            grad_k_ptr,
+            grad_k_stride,
+            grad_k_head_stride,
+            qkv_ptr,
+            qkv_stride,
+            NUM_HEADS * 2 * HALF,
+            out_ptr,
+            out_stride,
+            k_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr + RANK_Q,
+            t_stride,
+            b_k_ptr,
+            b_k_stride,
+            scale_k,
+            (group - q_groups) * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_KV_HEADS,
+            HALF,
+            HAS_K_WEIGHT,
+            True,
+            RANK_K,
+            BLOCK_RANK_K,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+    else:
+        # The gradient of an updated value is that of the value: nothing is read but the gradient.
+        _backward_heads(
+            grad_v_ptr,
+            grad_v_stride,
+            grad_v_head_stride,
+            qkv_ptr,
+            qkv_stride,
+            (NUM_HEADS + NUM_KV_HEADS) * 2 * HALF,
+            out_ptr,
+            out_stride,
+            k_weight_ptr,
+            cos_ptr,
+            cos_stride,
+            sin_ptr,
+            sin_stride,
+            epsilon,
+            t_ptr,
+            t_stride,
+            b_k_ptr,
+            b_k_stride,
+            scale_k,
+            (group - q_groups - kv_groups) * HEADS_PER_PROGRAM,
+            tokens,
+            token_mask,
+            NUM_KV_HEADS,
+            HALF,
+            False,
+            False,
+            0,
+            BLOCK_RANK_K,
+            BLOCK_TOKENS,
+            BLOCK_HALF,
+            HEADS_PER_PROGRAM,
+            WIDEN,
+        )
+
+
+def launch_forward(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    epsilon: float,
+    heads: Heads,
+    lora: QkvUpdate | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+) -> None:
+    """Write the rotated queries and keys to `q` and `k`, and the updated values to `v` if it is given."""
+    ranks = lora.ranks if lora is not None else (0, 0, 0)
+    factors = lora.factors if lora is not None else (None, None, None)
+    scales = lora.scales if lora is not None else (0.0, 0.0, 0.0)
+    tile = _tile(heads, has_update=any(ranks))
+    num_groups = _num_groups(heads, with_values=v is not None)
+    _forward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
+        qkv,
+        q,
+        k,
+        k if v is None else v,
+        qkv if q_weight is None else q_weight,
+        qkv if k_weight is None else k_weight,
+        cos,
+        sin,
+        qkv if lora is None else lora.t,
+        *(qkv if b is None else b for b in factors),
+        qkv.shape[0],
+        row_stride(qkv),
+        row_stride(cos),
+        row_stride(sin),
+        0 if lora is None else row_stride(lora.t),
+        *(0 if b is None else row_stride(b) for b in factors),
+        *scales,
+        epsilon,
+        NUM_HEADS=heads.num_heads,
+        NUM_KV_HEADS=heads.num_kv_heads,
+        HALF=heads.head_dim // 2,
+        HAS_Q_WEIGHT=q_weight is not None,
+        HAS_K_WEIGHT=k_weight is not None,
+        WITH_VALUES=v is not None,
+        RANK_Q=ranks[0],
+        RANK_K=ranks[1],
+        RANK_V=ranks[2],
+        BLOCK_RANK_Q=block_rank(ranks[0]),
+        BLOCK_RANK_K=block_rank(ranks[1]),
+        BLOCK_RANK_V=block_rank(ranks[2]),
+        WIDEN=must_widen(qkv),
+        **tile,
+    )
+
+
+def launch_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    epsilon: float,
+    heads: Heads,
+    lora: QkvUpdate | None,
+    out: Tensor,
+) -> None:
+    """Write the gradients of queries, keys and values before rotation and norm to `out`."""
+    ranks = lora.ranks if lora is not None else (0, 0, 0)
+    factors = lora.factors[:2] if lora is not None else (None, None)
+    scales = lora.scales[:2] if lora is not None else (0.0, 0.0)
+    recomputes_update = (q_weight is not None and ranks[0] > 0) or (k_weight is not None and ranks[1] > 0)
+    tile = _tile(heads, has_update=recomputes_update)
+    num_groups = _num_groups(heads, with_values=True)
+    _backward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
+        *grads,
+        qkv,
+        out,
+        qkv if q_weight is None else q_weight,
+        qkv if k_weight is None else k_weight,
+        cos,
+        sin,
+        qkv if lora is None else lora.t,
+        *(qkv if b is None else b for b in factors),
+        qkv.shape[0],
+        *(stride for grad in grads for stride in _token_and_head_stride(grad)),
+        row_stride(qkv),
+        row_stride(out),
+        row_stride(cos),
+        row_stride(sin),
+        0 if lora is None else row_stride(lora.t),
+        *(0 if b is None else row_stride(b) for b in factors),
+        *scales,
+        epsilon,
+        NUM_HEADS=heads.num_heads,
+        NUM_KV_HEADS=heads.num_kv_heads,
+        HALF=heads.head_dim // 2,
+        HAS_Q_WEIGHT=q_weight is not None,
+        HAS_K_WEIGHT=k_weight is not None,
+        RANK_Q=ranks[0],
+        RANK_K=ranks[1],
+        BLOCK_RANK_Q=block_rank(ranks[0]),
+        BLOCK_RANK_K=block_rank(ranks[1]),
+        WIDEN=must_widen(qkv),
+        **tile,
+    )
+
+
+def _tile(heads: Heads, *, has_update: bool) -> dict[str, Any]:
+    """Launch arguments. With an update a block has more tokens, since each block of them reads B once per head."""
+    block_half = max(16, triton.next_power_of_2(heads.head_dim // 2))
+    elements = _UPDATE_TILE_ELEMENTS if has_update else _PLAIN_TILE_ELEMENTS
+    block_tokens = max(_MIN_BLOCK_TOKENS, elements // block_half)
+    assert block_tokens * block_half >= _NUM_WARPS * _WARP
+    return {
+        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_HALF": block_half,
+        "HEADS_PER_PROGRAM": _HEADS_PER_PROGRAM,
+        "num_warps": _NUM_WARPS,
+    }
+
+
+def _num_groups(heads: Heads, *, with_values: bool) -> int:
+    """Programs that share a block of tokens; the kernels compute the same."""
+    kv_groups = -(-heads.num_kv_heads // _HEADS_PER_PROGRAM)
+    return -(-heads.num_heads // _HEADS_PER_PROGRAM) + kv_groups * (2 if with_values else 1)
+
+
+def _token_and_head_stride(grad: Tensor) -> tuple[int, int]:
+    assert grad.stride(2) == 1, f"the last dimension of a gradient has stride {grad.stride(2)}"
+    return grad.stride(0), grad.stride(1)

@@ -1,0 +1,408 @@
+"""Triton kernels of `affina.kernels.rms_norm`, whose docstring holds the maths.
+
+A program owns whole rows, a tile [ROWS, BLOCK] with BLOCK the next power of two of D: one row of a wide model, several
+of a narrow one. It holds them in registers from the only read to the only write, so that writing over an input is safe.
+For that every thread must own elements of its own (ROWS · BLOCK ≥ threads · `_ELEMENTS_PER_THREAD`): where two threads
+hold the same element, one could read it again after the other has written it.
+
+With a low-rank update a program owns BLOCK_ROWS rows, since matrix units multiply at least 16 rows at once, and these are
+too many to hold: it walks over tiles [BLOCK_ROWS, BLOCK_COLUMNS] of them, adds and stores s, and walks over s again,
+which lies in the cache, to normalise it.
+
+`num_rows` is not specialised: another number of rows must not compile another kernel in the middle of a run.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from affina.kernels.triton.low_rank import block_rank, low_rank_tile, must_widen, row_stride
+
+if TYPE_CHECKING:
+    from affina.kernels.rms_norm import RowUpdate
+
+_ELEMENTS_PER_THREAD = 8
+_WARP = 32
+
+_UPDATED_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4, "num_stages": 1}
+_ADD_TILE = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": 4, "num_stages": 1}
+"""Tiles with a low-rank update. One stage: to hold the factors of several tiles in shared memory would cost more
+programs side by side than their loads take."""
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    x_ptr,
+    update_ptr,
+    weight_ptr,
+    sum_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    x_stride,
+    update_stride,
+    sum_stride,
+    y_stride,
+    epsilon,
+    WIDTH: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    rows_long = rows.to(tl.int64)[:, None]
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+
+    x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        update = tl.load(update_ptr + rows_long * update_stride + columns[None, :], mask=mask, other=0.0)
+        x = (x.to(tl.float32) + update.to(tl.float32)).to(x_ptr.dtype.element_ty)
+    wide = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + epsilon)
+    y = wide * rstd[:, None] * weight[None, :]
+
+    if HAS_UPDATE:
+        tl.store(sum_ptr + rows_long * sum_stride + columns[None, :], x, mask=mask)
+    tl.store(y_ptr + rows_long * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    grad_stride,
+    x_stride,
+    residual_stride,
+    out_stride,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    rows_long = rows.to(tl.int64)[:, None]
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+
+    grad = tl.load(grad_ptr + rows_long * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+
+    grad_normalised = grad * weight[None, :]
+    normalised = x * rstd[:, None]
+    mean = tl.sum(grad_normalised * normalised, axis=1) / WIDTH
+    gradient = rstd[:, None] * (grad_normalised - normalised * mean[:, None])
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows_long * residual_stride + columns[None, :], mask=mask, other=0.0)
+        gradient += residual.to(tl.float32)
+    tl.store(out_ptr + rows_long * out_stride + columns[None, :], gradient.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_sum(
+    x_ptr,
+    update_ptr,
+    t_ptr,
+    b_ptr,
+    x_stride,
+    update_stride,
+    t_stride,
+    b_stride,
+    scale,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_COLUMNS] in the type of x: x + update + scale · t Bᵀ; zeros beyond the masks."""
+    mask = row_mask[:, None] & column_mask[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
+    update = tl.load(update_ptr + rows[:, None] * update_stride + columns[None, :], mask=mask, other=0.0)
+    product = low_rank_tile(
+        t_ptr,
+        t_stride,
+        b_ptr,
+        b_stride,
+        rows,
+        row_mask,
+        columns.to(tl.int64),
+        column_mask,
+        RANK,
+        BLOCK_RANK,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        WIDEN,
+    )
+    return (x.to(tl.float32) + update.to(tl.float32) + scale * product).to(x_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _updated_forward_kernel(
+    x_ptr,
+    update_ptr,
+    t_ptr,
+    b_ptr,
+    weight_ptr,
+    sum_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    x_stride,
+    update_stride,
+    t_stride,
+    b_stride,
+    sum_stride,
+    y_stride,
+    scale,
+    epsilon,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < num_rows
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+    for first in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = first + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = columns < WIDTH
+        s = _load_sum(
+            x_ptr,
+            update_ptr,
+            t_ptr,
+            b_ptr,
+            x_stride,
+            update_stride,
+            t_stride,
+            b_stride,
+            scale,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            RANK,
+            BLOCK_RANK,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            WIDEN,
+        )
+        mask = row_mask[:, None] & column_mask[None, :]
+        tl.store(sum_ptr + rows[:, None] * sum_stride + columns[None, :], s, mask=mask)
+        wide = s.to(tl.float32)
+        squares += wide * wide
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + epsilon)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    # s is read by other threads than those that wrote it, and y may lie over x, which others may still be reading.
+    tl.debug_barrier()
+    for first in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = first + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = columns < WIDTH
+        mask = row_mask[:, None] & column_mask[None, :]
+        s = tl.load(sum_ptr + rows[:, None] * sum_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        y = s * rstd[:, None] * weight[None, :]
+        tl.store(y_ptr + rows[:, None] * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_kernel(
+    x_ptr,
+    update_ptr,
+    t_ptr,
+    b_ptr,
+    sum_ptr,
+    num_rows,
+    x_stride,
+    update_stride,
+    t_stride,
+    b_stride,
+    sum_stride,
+    scale,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    num_column_blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = (program // num_column_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = (program % num_column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < num_rows
+    column_mask = columns < WIDTH
+    s = _load_sum(
+        x_ptr,
+        update_ptr,
+        t_ptr,
+        b_ptr,
+        x_stride,
+        update_stride,
+        t_stride,
+        b_stride,
+        scale,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        RANK,
+        BLOCK_RANK,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        WIDEN,
+    )
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(sum_ptr + rows[:, None] * sum_stride + columns[None, :], s, mask=mask)
+
+
+def launch_forward(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    sum_out: Tensor | None,
+    out: Tensor,
+    rstd: Tensor,
+) -> None:
+    """Write the norm of x, or of `sum_out` = x + update, to `out`, and its reciprocal to `rstd`."""
+    assert (update is None) == (sum_out is None)
+    num_rows, width = x.shape
+    rows, block, num_warps = _tile(width)
+    _forward_kernel[(triton.cdiv(num_rows, rows),)](
+        x,
+        x if update is None else update,
+        weight,
+        x if sum_out is None else sum_out,
+        out,
+        rstd,
+        num_rows,
+        row_stride(x),
+        0 if update is None else row_stride(update),
+        0 if sum_out is None else row_stride(sum_out),
+        row_stride(out),
+        epsilon,
+        WIDTH=width,
+        HAS_UPDATE=update is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+
+
+def launch_updated_forward(
+    x: Tensor,
+    update: Tensor,
+    lora: RowUpdate,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    sum_out: Tensor,
+    out: Tensor,
+    rstd: Tensor,
+) -> None:
+    """Write x + update + scale · t Bᵀ to `sum_out`, the norm of that to `out`, and its reciprocal to `rstd`."""
+    num_rows, width = x.shape
+    tile = _UPDATED_TILE
+    _updated_forward_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
+        x,
+        update,
+        lora.t,
+        lora.b,
+        weight,
+        sum_out,
+        out,
+        rstd,
+        num_rows,
+        *(row_stride(rows) for rows in (x, update, lora.t, lora.b, sum_out, out)),
+        lora.scale,
+        epsilon,
+        WIDTH=width,
+        **_rank_constants(lora, tile["BLOCK_COLUMNS"]),
+        **tile,
+    )
+
+
+def launch_add(x: Tensor, update: Tensor, lora: RowUpdate, out: Tensor) -> None:
+    """Write x + update + scale · t Bᵀ to `out`."""
+    num_rows, width = x.shape
+    tile = _ADD_TILE
+    num_programs = triton.cdiv(num_rows, tile["BLOCK_ROWS"]) * triton.cdiv(width, tile["BLOCK_COLUMNS"])
+    _add_kernel[(num_programs,)](
+        x,
+        update,
+        lora.t,
+        lora.b,
+        out,
+        num_rows,
+        *(row_stride(rows) for rows in (x, update, lora.t, lora.b, out)),
+        lora.scale,
+        WIDTH=width,
+        **_rank_constants(lora, tile["BLOCK_COLUMNS"]),
+        **tile,
+    )
+
+
+def _rank_constants(lora: RowUpdate, block_columns: int) -> dict[str, int | bool]:
+    rank = lora.t.shape[1]
+    return {
+        "RANK": rank,
+        "BLOCK_RANK": block_rank(rank, block_columns, lora.b),
+        "WIDEN": must_widen(lora.b),
+    }
+
+
+def launch_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, grad_residual: Tensor | None, out: Tensor
+) -> None:
+    """Write the gradient of x to `out`."""
+    num_rows, width = x.shape
+    rows, block, num_warps = _tile(width)
+    _backward_kernel[(triton.cdiv(num_rows, rows),)](
+        grad_output,
+        x,
+        weight,
+        rstd,
+        x if grad_residual is None else grad_residual,
+        out,
+        num_rows,
+        row_stride(grad_output),
+        row_stride(x),
+        0 if grad_residual is None else row_stride(grad_residual),
+        row_stride(out),
+        WIDTH=width,
+        HAS_RESIDUAL=grad_residual is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program: 16 elements to a thread from 2,048 elements on, 32 in the widest rows."""
+    block = max(16, triton.next_power_of_2(width))
+    rows = max(1, 2048 // block)
+    num_warps = min(16, max(4, rows * block // 512))
+    assert rows * block >= num_warps * _WARP * _ELEMENTS_PER_THREAD
+    return rows, block, num_warps

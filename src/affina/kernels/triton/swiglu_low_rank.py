@@ -1,0 +1,533 @@
+"""Triton kernels of `affina.kernels.swiglu` for low-rank updates of ranks up to 64, whose docstring holds the maths.
+
+A program owns a block of columns of gate and up and walks down a chunk of rows, tile by tile. So
+
+* its rows of B are loaded once and stay in shared memory, as operands of the matrix units;
+* the next tiles are on their way (asynchronous copies to shared memory) while one is computed;
+* the gradients of the factors, sums over all rows, grow in its registers. At its end it writes them once to a workspace
+  [chunks, I, R_g + R_u + R_d] in float32, and a second kernel adds up the chunks in their order: no atomics, the same
+  bits every time.
+
+A tile's elements are read before they are written and no program reads those of another, so writing over an input is
+safe. `num_rows` is not specialised: another number of rows must not compile another kernel in the middle of a run.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from affina.kernels.triton.low_rank import MAX_BLOCK_RANK, block_rank, must_widen, row_stride
+
+if TYPE_CHECKING:
+    from affina.kernels.swiglu import GateUpUpdate, RankGradients
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), where x < -87 counts as -87: exp(-x) stays finite, x · σ(x) below 10⁻³⁶ in size."""
+    return 1.0 / (1.0 + tl.exp(-tl.maximum(x, -87.0)))
+
+
+@triton.jit
+def _factor(b_ptr, b_stride, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr):
+    """[BLOCK_RANK, BLOCK_COLUMNS]: Bᵀ of a block of columns of the activation."""
+    ranks = tl.arange(0, BLOCK_RANK)
+    mask = (ranks < RANK)[:, None] & column_mask[None, :]
+    b = tl.load(b_ptr + columns[None, :] * b_stride + ranks[:, None], mask=mask, other=0.0)
+    return b.to(tl.float32) if WIDEN else b
+
+
+@triton.jit
+def _rank_rows(t_ptr, t_stride, rows, row_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr):
+    """[BLOCK_ROWS, BLOCK_RANK]: rows of t, or of the gradient of a t."""
+    ranks = tl.arange(0, BLOCK_RANK)
+    mask = row_mask[:, None] if RANK == BLOCK_RANK else row_mask[:, None] & (ranks < RANK)[None, :]
+    t = tl.load(t_ptr + rows[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
+    return t.to(tl.float32) if WIDEN else t
+
+
+@triton.jit
+def _rank_sum(sums, wide, t, WIDEN: tl.constexpr):
+    """sums + wideᵀ t; [BLOCK_COLUMNS, BLOCK_RANK] from [BLOCK_ROWS, BLOCK_COLUMNS] and [BLOCK_ROWS, BLOCK_RANK]."""
+    if WIDEN:
+        wide = wide.to(tl.float32)
+    return tl.dot(tl.trans(wide), t, sums, input_precision="ieee")
+
+
+@triton.jit
+def _store_sums(
+    workspace_ptr, sums, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, TOTAL_RANK: tl.constexpr
+):
+    ranks = tl.arange(0, BLOCK_RANK)
+    mask = column_mask[:, None] & (ranks < RANK)[None, :]
+    tl.store(workspace_ptr + columns[:, None] * TOTAL_RANK + ranks[None, :], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_row_blocks", "num_chunks"])
+def _forward_kernel(
+    gate_up_ptr,
+    out_ptr,
+    t_ptr,
+    b_gate_ptr,
+    b_up_ptr,
+    num_rows,
+    num_row_blocks,
+    num_chunks,
+    gate_up_stride,
+    out_stride,
+    t_stride,
+    b_gate_stride,
+    b_up_stride,
+    scale_gate,
+    scale_up,
+    WIDTH: tl.constexpr,
+    RANK_GATE: tl.constexpr,
+    RANK_UP: tl.constexpr,
+    BLOCK_RANK_GATE: tl.constexpr,
+    BLOCK_RANK_UP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    num_column_blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    columns = (program % num_column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    chunk = program // num_column_blocks
+    column_mask = columns < WIDTH
+    if RANK_GATE > 0:
+        b_gate = _factor(b_gate_ptr, b_gate_stride, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
+    if RANK_UP > 0:
+        b_up = _factor(b_up_ptr, b_up_stride, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
+    first = chunk * num_row_blocks // num_chunks
+    last = (chunk + 1) * num_row_blocks // num_chunks
+    for block in tl.range(first, last, num_stages=STAGES):
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[:, None] & column_mask[None, :]
+        pointers = gate_up_ptr + rows[:, None] * gate_up_stride + columns[None, :]
+        gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pointers + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        if RANK_GATE > 0:
+            t_gate = _rank_rows(t_ptr, t_stride, rows, row_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
+            gate += scale_gate * tl.dot(t_gate, b_gate, input_precision="ieee")
+        if RANK_UP > 0:
+            t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
+            up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
+        activation = gate * _sigmoid(gate) * up
+        out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
+        tl.store(out_pointers, activation.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_row_blocks", "num_chunks"])
+def _backward_kernel(
+    grad_ptr,
+    gate_up_ptr,
+    out_ptr,
+    activation_ptr,
+    t_ptr,
+    b_gate_ptr,
+    b_up_ptr,
+    u_down_ptr,
+    workspace_ptr,
+    num_rows,
+    num_row_blocks,
+    num_chunks,
+    grad_stride,
+    gate_up_stride,
+    out_stride,
+    activation_stride,
+    t_stride,
+    b_gate_stride,
+    b_up_stride,
+    u_down_stride,
+    scale_gate,
+    scale_up,
+    HAS_ACTIVATION: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK_GATE: tl.constexpr,
+    RANK_UP: tl.constexpr,
+    RANK_DOWN: tl.constexpr,
+    BLOCK_RANK_GATE: tl.constexpr,
+    BLOCK_RANK_UP: tl.constexpr,
+    BLOCK_RANK_DOWN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    num_column_blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    columns = (program % num_column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    chunk = program // num_column_blocks
+    column_mask = columns < WIDTH
+    if RANK_GATE > 0:
+        b_gate = _factor(b_gate_ptr, b_gate_stride, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
+        sums_gate = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_GATE], dtype=tl.float32)
+    if RANK_UP > 0:
+        b_up = _factor(b_up_ptr, b_up_stride, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
+        sums_up = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_UP], dtype=tl.float32)
+    if RANK_DOWN > 0:
+        sums_down = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_DOWN], dtype=tl.float32)
+    first = chunk * num_row_blocks // num_chunks
+    last = (chunk + 1) * num_row_blocks // num_chunks
+    for block in tl.range(first, last, num_stages=STAGES):
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[:, None] & column_mask[None, :]
+        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        pointers = gate_up_ptr + rows[:, None] * gate_up_stride + columns[None, :]
+        gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pointers + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        if RANK_GATE > 0:
+            t_gate = _rank_rows(t_ptr, t_stride, rows, row_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
+            gate += scale_gate * tl.dot(t_gate, b_gate, input_precision="ieee")
+        if RANK_UP > 0:
+            t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
+            up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
+
+        sigmoid = _sigmoid(gate)
+        silu = gate * sigmoid
+        grad_up = (grad * silu).to(out_ptr.dtype.element_ty)
+        grad_gate = (grad * up * (sigmoid + silu * (1.0 - sigmoid))).to(out_ptr.dtype.element_ty)
+        activation = (silu * up).to(out_ptr.dtype.element_ty)
+        out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
+        tl.store(out_pointers, grad_gate, mask=mask)
+        tl.store(out_pointers + WIDTH, grad_up, mask=mask)
+        if HAS_ACTIVATION:
+            tl.store(activation_ptr + rows[:, None] * activation_stride + columns[None, :], activation, mask=mask)
+        if HAS_SUMS:
+            if RANK_GATE > 0:
+                sums_gate = _rank_sum(sums_gate, grad_gate, t_gate, WIDEN)
+            if RANK_UP > 0:
+                sums_up = _rank_sum(sums_up, grad_up, t_up, WIDEN)
+            if RANK_DOWN > 0:
+                u_down = _rank_rows(u_down_ptr, u_down_stride, rows, row_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDEN)
+                sums_down = _rank_sum(sums_down, activation, u_down, WIDEN)
+
+    if HAS_SUMS:
+        total: tl.constexpr = RANK_GATE + RANK_UP + RANK_DOWN
+        mine = workspace_ptr + chunk.to(tl.int64) * (WIDTH * total)
+        if RANK_GATE > 0:
+            _store_sums(mine, sums_gate, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, total)
+        if RANK_UP > 0:
+            _store_sums(mine + RANK_GATE, sums_up, columns, column_mask, RANK_UP, BLOCK_RANK_UP, total)
+        if RANK_DOWN > 0:
+            _store_sums(
+                mine + (RANK_GATE + RANK_UP), sums_down, columns, column_mask, RANK_DOWN, BLOCK_RANK_DOWN, total
+            )
+
+
+@triton.jit
+def _reduce_factor(
+    workspace_ptr,
+    out_ptr,
+    column_stride,
+    rank_stride,
+    scale,
+    columns,
+    column_mask,
+    num_chunks,
+    chunk_elements,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    TOTAL_RANK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ACCUMULATES: tl.constexpr,
+):
+    """The gradient of one factor for a block of columns: the chunks' sums, added in their order."""
+    ranks = tl.arange(0, BLOCK_RANK)
+    mask = column_mask[:, None] & (ranks < RANK)[None, :]
+    offsets = columns[:, None] * TOTAL_RANK + ranks[None, :]
+    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK], dtype=tl.float32)
+    for _ in tl.range(0, num_chunks, num_stages=4):
+        sums += tl.load(workspace_ptr + offsets, mask=mask, other=0.0)
+        workspace_ptr += chunk_elements
+    sums *= scale
+    out_pointers = out_ptr + columns[:, None] * column_stride + ranks[None, :] * rank_stride
+    if ACCUMULATES:
+        sums += tl.load(out_pointers, mask=mask, other=0.0)
+    tl.store(out_pointers, sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _reduce_kernel(
+    workspace_ptr,
+    b_gate_ptr,
+    b_up_ptr,
+    a_down_ptr,
+    num_chunks,
+    b_gate_stride,
+    b_up_stride,
+    a_down_stride,
+    scale_gate,
+    scale_up,
+    WIDTH: tl.constexpr,
+    RANK_GATE: tl.constexpr,
+    RANK_UP: tl.constexpr,
+    RANK_DOWN: tl.constexpr,
+    BLOCK_RANK_GATE: tl.constexpr,
+    BLOCK_RANK_UP: tl.constexpr,
+    BLOCK_RANK_DOWN: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ACCUMULATES: tl.constexpr,
+):
+    total: tl.constexpr = RANK_GATE + RANK_UP + RANK_DOWN
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column_mask = columns < WIDTH
+    if RANK_GATE > 0:
+        _reduce_factor(
+            workspace_ptr,
+            b_gate_ptr,
+            b_gate_stride,
+            1,
+            scale_gate,
+            columns,
+            column_mask,
+            num_chunks,
+            WIDTH * total,
+            RANK_GATE,
+            BLOCK_RANK_GATE,
+            total,
+            BLOCK_COLUMNS,
+            ACCUMULATES,
+        )
+    if RANK_UP > 0:
+        _reduce_factor(
+            workspace_ptr + RANK_GATE,
+            b_up_ptr,
+            b_up_stride,
+            1,
+            scale_up,
+            columns,
+            column_mask,
+            num_chunks,
+            WIDTH * total,
+            RANK_UP,
+            BLOCK_RANK_UP,
+            total,
+            BLOCK_COLUMNS,
+            ACCUMULATES,
+        )
+    if RANK_DOWN > 0:
+        _reduce_factor(
+            workspace_ptr + (RANK_GATE + RANK_UP),
+            a_down_ptr,
+            1,
+            a_down_stride,
+            1.0,
+            columns,
+            column_mask,
+            num_chunks,
+            WIDTH * total,
+            RANK_DOWN,
+            BLOCK_RANK_DOWN,
+            total,
+            BLOCK_COLUMNS,
+            ACCUMULATES,
+        )
+
+
+# Launches
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program does at once, and how many programs a multiprocessor holds beside each other."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+TILES: dict[tuple[str, int], Tile] = {
+    ("forward", 16): Tile(64, 64, 4, 3, 4),
+    ("forward", 32): Tile(64, 64, 4, 3, 3),
+    ("forward", 64): Tile(64, 64, 4, 3, 2),
+    ("backward", 16): Tile(64, 64, 4, 3, 2),
+    ("backward", 32): Tile(64, 64, 4, 3, 2),
+    ("backward", 64): Tile(64, 64, 4, 3, 2),
+    ("gradients", 16): Tile(64, 64, 4, 3, 2),
+    ("gradients", 32): Tile(64, 64, 4, 3, 2),
+    ("gradients", 64): Tile(64, 64, 8, 2, 1),
+}
+"""By kernel and largest padded rank, for 16-bit types; "gradients" is the backward pass with those of the factors."""
+
+_TILE_FLOAT32 = Tile(32, 32, 4, 2, 2)
+"""Products in float32 do without matrix units; this only has to be right."""
+
+_REDUCED_COLUMNS = 32
+_MAX_CHUNKS = 16
+_CPU_PROGRAMS = 4
+
+
+def tile_for(kernel: str, ranks: tuple[int, ...], dtype: torch.dtype) -> Tile:
+    """The tile of `kernel` ("forward", "backward", "gradients") for these ranks."""
+    return _TILE_FLOAT32 if dtype == torch.float32 else TILES[kernel, max(block_rank(rank) for rank in ranks)]
+
+
+def takes(*ranks: int) -> bool:
+    """Whether the kernels are made for these ranks: none above 64."""
+    return max(ranks) <= MAX_BLOCK_RANK
+
+
+def launch_forward(gate_up: Tensor, lora: GateUpUpdate, out: Tensor) -> None:
+    """Write silu(gate) · up to `out`."""
+    tile = tile_for("forward", lora.ranks, gate_up.dtype)
+    pointers, strides, constants = _update_arguments(gate_up, lora)
+    grid, loop, shape = _grid(out, tile)
+    _forward_kernel[grid](
+        gate_up,
+        out,
+        *pointers,
+        *loop,
+        row_stride(gate_up),
+        row_stride(out),
+        *strides,
+        WIDTH=out.shape[1],
+        **constants,
+        **shape,
+    )
+
+
+def launch_backward(
+    grad_output: Tensor,
+    gate_up: Tensor,
+    lora: GateUpUpdate | None,
+    out: Tensor,
+    *,
+    activation_out: Tensor | None = None,
+    gradients: RankGradients | None = None,
+) -> None:
+    """Write the gradients of gate and up to `out`; silu(gate) · up and the factors' gradients where they are wanted."""
+    rank_down = 0 if gradients is None else gradients.ranks[2]
+    ranks = (*(lora.ranks if lora is not None else (0, 0)), rank_down)
+    tile = tile_for("backward" if gradients is None else "gradients", ranks, gate_up.dtype)
+    pointers, strides, constants = _update_arguments(gate_up, lora)
+    constants |= {"RANK_DOWN": rank_down, "BLOCK_RANK_DOWN": block_rank(rank_down)}
+    grid, loop, shape = _grid(grad_output, tile)
+    width, num_chunks = grad_output.shape[1], loop[2]
+    u_down = None if gradients is None else gradients.u_down
+    workspace = None
+    if gradients is not None:
+        workspace = torch.empty(num_chunks * width * sum(ranks), dtype=torch.float32, device=gate_up.device)
+    _backward_kernel[grid](
+        grad_output,
+        gate_up,
+        out,
+        grad_output if activation_out is None else activation_out,
+        *pointers,
+        gate_up if u_down is None else u_down,
+        out if workspace is None else workspace,
+        *loop,
+        row_stride(grad_output),
+        row_stride(gate_up),
+        row_stride(out),
+        0 if activation_out is None else row_stride(activation_out),
+        *strides[:3],
+        0 if u_down is None else row_stride(u_down),
+        *strides[3:],
+        HAS_ACTIVATION=activation_out is not None,
+        HAS_SUMS=gradients is not None,
+        WIDTH=width,
+        **constants,
+        **shape,
+    )
+    if gradients is not None:
+        assert workspace is not None
+        _launch_reduction(workspace, gradients, lora, width, num_chunks, constants)
+
+
+def _launch_reduction(
+    workspace: Tensor,
+    gradients: RankGradients,
+    lora: GateUpUpdate | None,
+    width: int,
+    num_chunks: int,
+    constants: dict[str, Any],
+) -> None:
+    outputs = (gradients.b_gate, gradients.b_up, gradients.a_down)
+    _reduce_kernel[(triton.cdiv(width, _REDUCED_COLUMNS),)](
+        workspace,
+        *(workspace if out is None else out for out in outputs),
+        num_chunks,
+        *(0 if out is None else row_stride(out) for out in outputs),
+        1.0 if lora is None else lora.scale_gate,
+        1.0 if lora is None else lora.scale_up,
+        WIDTH=width,
+        BLOCK_COLUMNS=_REDUCED_COLUMNS,
+        ACCUMULATES=gradients.accumulates,
+        num_warps=4,
+        **{name: value for name, value in constants.items() if name != "WIDEN"},
+    )
+
+
+def _grid(rows: Tensor, tile: Tile) -> tuple[tuple[int], tuple[int, int, int], dict[str, int]]:
+    """The number of programs; rows, blocks of rows, chunks of blocks; and the tile's launch arguments."""
+    num_rows, width = rows.shape
+    num_row_blocks = triton.cdiv(num_rows, tile.rows)
+    num_column_blocks = triton.cdiv(width, tile.columns)
+    num_chunks = _num_chunks(num_row_blocks, num_column_blocks, _num_programs(rows.device, tile))
+    shape = {
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+    }
+    return (num_column_blocks * num_chunks,), (num_rows, num_row_blocks, num_chunks), shape
+
+
+def _num_chunks(num_row_blocks: int, num_column_blocks: int, num_programs: int) -> int:
+    """Chunks of rows with which the time of all programs is least, the device running `num_programs` at once.
+
+    The time is counted in blocks of rows: the largest chunk's number of them for each round of programs, and one more
+    for a program's beginning and end.
+    """
+
+    def cost(num_chunks: int) -> int:
+        rounds = triton.cdiv(num_column_blocks * num_chunks, num_programs)
+        return int(rounds * (triton.cdiv(num_row_blocks, num_chunks) + 1))
+
+    return min(range(1, min(_MAX_CHUNKS, num_row_blocks) + 1), key=cost)
+
+
+@lru_cache(maxsize=8)
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _num_programs(device: torch.device, tile: Tile) -> int:
+    if device.type == "cpu":
+        return _CPU_PROGRAMS
+    return tile.programs * _num_multiprocessors(device)
+
+
+def _update_arguments(
+    gate_up: Tensor, lora: GateUpUpdate | None
+) -> tuple[tuple[Tensor, ...], tuple[int | float, ...], dict[str, Any]]:
+    """Pointers, strides and then scales, and constants of the update; stand-ins where there is none."""
+    rank_gate, rank_up = lora.ranks if lora is not None else (0, 0)
+    constants = {
+        "RANK_GATE": rank_gate,
+        "RANK_UP": rank_up,
+        "BLOCK_RANK_GATE": block_rank(rank_gate),
+        "BLOCK_RANK_UP": block_rank(rank_up),
+        "WIDEN": must_widen(gate_up),
+    }
+    if lora is None:
+        return (gate_up, gate_up, gate_up), (0, 0, 0, 1.0, 1.0), constants
+    pointers = tuple(gate_up if b is None else b for b in (lora.t, lora.b_gate, lora.b_up))
+    b_strides = tuple(0 if b is None else row_stride(b) for b in (lora.b_gate, lora.b_up))
+    return pointers, (row_stride(lora.t), *b_strides, lora.scale_gate, lora.scale_up), constants

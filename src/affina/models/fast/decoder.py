@@ -1,0 +1,125 @@
+"""The whole decoder: from packed token ids to the loss, and back to the gradient of the flat adapter.
+
+    forward   embed → layers → final norm of the rows that predict a supervised token → head, in chunks → loss
+    backward  ∂loss/∂rows (made in the forward pass) → final norm → layers, last to first
+
+The head is frozen, so its part of the backward pass is done as soon as the logits of a chunk exist
+(kernels/linear_cross_entropy.py). Layers below the first adapted one need no backward pass and keep nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_gradient
+from affina.kernels.rms_norm import rms_norm, rms_norm_backward
+from affina.models.families import DecoderSpec
+from affina.models.fast.layer import DecoderLayer, RowContext, Saved
+from affina.models.fast.offload import HostBuffers
+from affina.models.fast.parameters import FlatAdapter
+from affina.models.fast.policy import Keep, SavePolicy
+from affina.models.structure import Head
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTape:
+    """What the head leaves for the backward pass; used up by it.
+
+    positions: [N] rows of the last layer's output that predict a supervised token, of `num_tokens`
+    rows:      [N, D] those rows; rstd: [N] their norm's factors
+    gradient:  [N, D] gradient of the loss with respect to the normed rows
+    """
+
+    num_tokens: int
+    positions: Tensor
+    rows: Tensor
+    rstd: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A described decoder with its frozen weights and flat adapter."""
+
+    spec: DecoderSpec
+    layers: Sequence[DecoderLayer]
+    embedding: nn.Module
+    final_norm: Tensor
+    head: Head
+    adapter: FlatAdapter
+    first_adapted: int
+    host: HostBuffers
+
+    def forward(self, input_ids: Tensor, row: RowContext, policy: SavePolicy) -> tuple[Tensor, list[Saved | None]]:
+        """input_ids [T] → (output of the last layer [T, D], what each layer kept)."""
+        x = self.embedding(input_ids)
+        saved: list[Saved | None] = []
+        for index, layer in enumerate(self.layers):
+            keep = policy.layers[index] if index >= self.first_adapted else None
+            x, kept = layer.forward(x, row, keep)
+            if kept is not None and keep == Keep.OFFLOADED:
+                self.host.store(index, kept)
+            saved.append(kept)
+        return x, saved
+
+    def backward(self, grad: Tensor, saved: list[Saved | None], row: RowContext) -> Tensor:
+        """∂last [T, D + R] → [P] float32 gradient of the flat adapter. Uses up `grad` and `saved`."""
+        gradient = self.adapter.new_gradient()
+        current: Tensor | None = grad
+        for index in range(len(self.layers) - 1, self.first_adapted - 1, -1):
+            kept, saved[index] = saved[index], None
+            assert kept is not None
+            assert current is not None
+            self.host.load(index, kept)
+            if index > self.first_adapted:
+                self.host.prefetch(index - 1)
+            below = self.layers[index - 1] if index > self.first_adapted else None
+            current = self.layers[index].backward(current, kept, row, gradient, below=below)
+        return gradient
+
+    def loss(self, last: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the cross-entropies, without anything for a backward pass."""
+        hidden, _ = rms_norm(last.index_select(0, positions), self.final_norm, self.spec.norm_epsilon)
+        return linear_cross_entropy(
+            hidden,
+            self.head.weight,
+            targets,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            logit_scale=self.head.scale,
+        )
+
+    def loss_and_gradient(self, last: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, HeadTape]:
+        """The sum of the cross-entropies, and its gradient up to the final norm."""
+        rows = last.index_select(0, positions)
+        hidden, rstd = rms_norm(rows, self.final_norm, self.spec.norm_epsilon)
+        loss, gradient = linear_cross_entropy_and_gradient(
+            hidden,
+            self.head.weight,
+            targets,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            logit_scale=self.head.scale,
+        )
+        return loss, HeadTape(last.shape[0], positions, rows, rstd, gradient)
+
+    def gradient_of_last(self, tape: HeadTape, factor: Tensor) -> Tensor:
+        """[T, D + R] gradient of the last layer's output: zero but for the rows that predict a supervised token.
+
+        factor: [] float32, the gradient of the loss; it may lie outside float16's range although the product does not.
+        """
+        gradient = tape.gradient
+        factor = factor * self.adapter.root_scale
+        if gradient.dtype == torch.float32:
+            gradient *= factor
+        else:
+            gradient.copy_(gradient.float() * factor)
+        of_rows = rms_norm_backward(gradient, tape.rows, self.final_norm, tape.rstd, grad_residual=None, out=gradient)
+        wide = self.layers[-1].new_gradient(tape.num_tokens, of_rows)
+        grad = wide[:, : self.spec.hidden_size].zero_()
+        grad.index_copy_(0, tape.positions, of_rows)
+        return wide

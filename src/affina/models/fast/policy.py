@@ -1,0 +1,117 @@
+"""The save policy: what each layer keeps for its backward pass, and what it computes again.
+
+A layer can keep, per token (bytes in bf16 for Qwen3-4B):
+
+    x      its input                                   5,120    always
+    x₂     the residual between attention and MLP      5,120
+    o      the attention's output, log-sum-exp         8,320
+    qkv    queries, keys, values before rotation      12,288
+    q, k   after norm and rotation                    10,240
+    gu     gate and up                                38,912
+
+What is not kept is recomputed from what is. The levels drop first what is cheapest to recompute per byte: norms and
+rotation cost a pass over memory; gate and up cost a product each, for 38 KiB; the attention's output costs attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from affina.models.families import DecoderSpec
+
+
+class Keep(IntEnum):
+    """How much a layer keeps, from least memory to least work."""
+
+    OFFLOADED = 0
+    """x, in pinned host memory. All of the layer is recomputed."""
+    INPUT = 1
+    """x. All of the layer but its last product is recomputed."""
+    ATTENTION = 2
+    """x, x₂, o: attention is never recomputed; q, k, v and gate, up are."""
+    PROJECTIONS = 3
+    """x, x₂, o, qkv: gate and up are recomputed."""
+    PRODUCTS = 4
+    """Every product's result: only norms, rotation and the activation are recomputed."""
+    ALL = 5
+    """The rotated queries and keys too: only norms and the activation are recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRanks:
+    """Sum of the ranks of a layer's adapters, and that of the down projection alone: their t = x Aᵀ are kept too."""
+
+    total: int
+    down: int
+
+
+def kept_bytes_per_token(spec: DecoderSpec, keep: Keep, *, itemsize: int, ranks: LayerRanks) -> int:
+    """Device bytes that one layer keeps per token."""
+    values = ranks.down
+    if keep >= Keep.INPUT:
+        values += spec.hidden_size
+    if keep >= Keep.ATTENTION:
+        values += spec.hidden_size + spec.query_size
+    if keep >= Keep.PROJECTIONS:
+        values += spec.query_size + 2 * spec.key_value_size
+    if keep >= Keep.PRODUCTS:
+        values += 2 * spec.intermediate_size
+    if keep >= Keep.ALL:
+        values += spec.query_size + spec.key_value_size
+    scalars = 0
+    if keep >= Keep.ATTENTION:
+        values += ranks.total - ranks.down
+        scalars += spec.num_heads + 2  # log-sum-exp, and the norms' factors
+    return values * itemsize + scalars * 4
+
+
+@dataclass(frozen=True, slots=True)
+class SavePolicy:
+    """What every layer keeps. `layers[i]` belongs to layer i."""
+
+    layers: tuple[Keep, ...]
+
+    @classmethod
+    def uniform(cls, num_layers: int, keep: Keep) -> SavePolicy:
+        """The same for every layer."""
+        return cls((keep,) * num_layers)
+
+    def num_bytes(self, spec: DecoderSpec, *, num_tokens: int, itemsize: int, ranks: LayerRanks) -> int:
+        """Device bytes kept between the two passes of a row of `num_tokens`."""
+        per_token = sum(kept_bytes_per_token(spec, keep, itemsize=itemsize, ranks=ranks) for keep in self.layers)
+        return per_token * num_tokens
+
+    def leaner(self) -> SavePolicy | None:
+        """The next policy with less memory: every layer at the richest level goes one down. None: nothing is left."""
+        richest = max(self.layers)
+        if richest == Keep.OFFLOADED:
+            return None
+        return SavePolicy(tuple(Keep(keep - 1) if keep == richest else keep for keep in self.layers))
+
+    def describe(self) -> str:
+        """One line: `30 × all, 6 × products`."""
+        counts = {keep: self.layers.count(keep) for keep in Keep}
+        return ", ".join(f"{count} × {keep.name.lower()}" for keep, count in reversed(counts.items()) if count)
+
+
+def choose_policy(
+    spec: DecoderSpec, *, budget_bytes: int, num_tokens: int, itemsize: int, ranks: LayerRanks, may_offload: bool
+) -> SavePolicy:
+    """The policy with the least recomputation that keeps at most `budget_bytes`; the leanest one when none does.
+
+    Adjacent levels are mixed: as many layers as fit are at the higher one, the last layers first, because they are the
+    first whose memory the backward pass frees.
+    """
+    leanest = Keep.OFFLOADED if may_offload else Keep.INPUT
+    costs = {keep: kept_bytes_per_token(spec, keep, itemsize=itemsize, ranks=ranks) * num_tokens for keep in Keep}
+    for keep in sorted(Keep, reverse=True):
+        if keep <= leanest:
+            break
+        lower = Keep(keep - 1)
+        spare = budget_bytes - spec.num_layers * costs[lower]
+        if spare < 0:
+            continue
+        num_higher = min(spec.num_layers, spare // (costs[keep] - costs[lower]))
+        return SavePolicy((lower,) * (spec.num_layers - num_higher) + (keep,) * num_higher)
+    return SavePolicy.uniform(spec.num_layers, leanest)

@@ -1,0 +1,150 @@
+"""Frozen weights of the fused decoder: a stack of projections with a common input, in any weight format.
+
+Each format offers the products that training a frozen layer needs, and nothing else:
+
+    forward:        y  = x Wᵀ            [M, in] → [M, out]
+    input gradient: ∂x = ∂y W + u A      [M, out + R] → [M, in]
+
+The second is one product of [∂y u] with W and, below it, A: the adapter's share of the gradient costs no pass over ∂x
+of its own. For that every stack has room for R more rows under its weight.
+
+The weights are the transformers model's own: dense ones move into a tensor with that room, of which the layers'
+weights become views; quantised ones stay where they are and are expanded into a workspace when they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from affina.kernels.nf4 import dequantize_into
+from affina.models.weights import Nf4Linear
+
+
+class FrozenStack(Protocol):
+    """Σ out rows of weights in some format."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Σ out, in)"""
+        ...
+
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[M, in] → [M, Σ out]; the row stride of `out` may be larger."""
+        ...
+
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+        """[M, Σ out + R] → [M, in]. a: [R, in], or None where R = 0."""
+        ...
+
+    def dense(self, out: Tensor) -> Tensor:
+        """The weight, [Σ out, in], written into `out`."""
+        ...
+
+
+class Workspace:
+    """Memory for one expanded weight at a time, shared by all layers: as large as the largest stack.
+
+    Products that read it are queued before the next expansion on the same stream, so nothing is overwritten early.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._buffer = torch.empty(0, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._buffer.nbytes
+
+    def reserve(self, num_elements: int) -> None:
+        """Make room. Only before the first use: tensors handed out earlier keep the old memory."""
+        if num_elements > self._buffer.numel():
+            self._buffer = self._buffer.new_empty(num_elements)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] view; the contents are whatever was expanded last."""
+        return self._buffer[: rows * columns].view(rows, columns)
+
+
+class DenseStack:
+    """Weights in the type of the computation. num_extra: R, rows of room below them."""
+
+    def __init__(self, layers: Sequence[nn.Linear], num_extra: int) -> None:
+        self._buffer, self._weight = _as_one_tensor(layers, num_extra)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._weight.shape[0], self._weight.shape[1]
+
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return torch.mm(x, self._weight.t(), out=out)
+
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+        if a is None:
+            return grad_output @ self._weight
+        self._buffer[self.shape[0] :].copy_(a)
+        return grad_output @ self._buffer
+
+    def dense(self, out: Tensor) -> Tensor:
+        return out.copy_(self._weight)
+
+
+class Nf4Stack:
+    """NF4 weights, expanded into the workspace before each product."""
+
+    def __init__(self, layers: Sequence[Nf4Linear], num_extra: int, workspace: Workspace) -> None:
+        self._layers = tuple(layers)
+        self._rows = [layer.out_features for layer in layers]
+        self._workspace = workspace
+        workspace.reserve((sum(self._rows) + num_extra) * layers[0].in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(self._rows), self._layers[0].in_features
+
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return torch.mm(x, self.dense(self._workspace.matrix(*self.shape)).t(), out=out)
+
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+        rows, columns = self.shape
+        if a is None:
+            return grad_output @ self.dense(self._workspace.matrix(rows, columns))
+        weight = self._workspace.matrix(rows + a.shape[0], columns)
+        self.dense(weight[:rows])
+        weight[rows:].copy_(a)
+        return grad_output @ weight
+
+    def dense(self, out: Tensor) -> Tensor:
+        for layer, part in zip(self._layers, torch.split(out, self._rows), strict=True):
+            if layer.keeps_dense_weight:
+                part.copy_(layer.dense_weight(out.dtype))
+            else:
+                dequantize_into(layer.quantized, part)
+        return out
+
+
+def build_stack(layers: Sequence[nn.Module], num_extra: int, workspace: Workspace) -> FrozenStack | None:
+    """The stack of `layers` in their common format, or None when they have none that is known here."""
+    if all(isinstance(layer, Nf4Linear) for layer in layers):
+        return Nf4Stack([layer for layer in layers if isinstance(layer, Nf4Linear)], num_extra, workspace)
+    if all(type(layer) is nn.Linear for layer in layers):
+        return DenseStack([layer for layer in layers if isinstance(layer, nn.Linear)], num_extra)
+    return None
+
+
+def _as_one_tensor(layers: Sequence[nn.Linear], num_extra: int) -> tuple[Tensor, Tensor]:
+    """The layers' weights below each other in one tensor with `num_extra` more rows, and the view of the weights alone.
+
+    The layers' own weights become views of it.
+    """
+    if len(layers) == 1 and num_extra == 0:
+        return layers[0].weight.data, layers[0].weight.data
+    sizes = [layer.out_features for layer in layers]
+    buffer = layers[0].weight.data.new_zeros(sum(sizes) + num_extra, layers[0].in_features)
+    weight = buffer[: sum(sizes)]
+    for layer, part in zip(layers, torch.split(weight, sizes), strict=True):
+        part.copy_(layer.weight.data)
+        layer.weight.data = part
+    return buffer, weight
