@@ -161,25 +161,24 @@ def work_list(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
 
 
 @triton.jit
-def _query_rows(first, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Of a tile of queries: the row's head inside the tile, its token inside the tile and inside the document."""
-    TOKENS: tl.constexpr = ROWS // HEADS
-    row = tl.arange(0, ROWS)
-    token = row % TOKENS
-    return row // TOKENS, token, first + token
+def _exp2(x, APPROXIMATE: tl.constexpr):
+    """2^x. The instruction alone, without the four around it that save results below 2⁻¹²⁶ from becoming 0."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
 
 
 @triton.jit
 def _load_tile(pointers, rows_exist, columns, K: tl.constexpr):
     """A tile with zeros where there is no row and, if K is no power of two, no column."""
-    if K == columns.shape[1]:
+    if columns.shape[1] == K:
         return tl.load(pointers, mask=rows_exist[:, None], other=0.0)
     return tl.load(pointers, mask=rows_exist[:, None] & (columns < K), other=0.0)
 
 
 @triton.jit
 def _store_tile(pointers, values, rows_exist, columns, K: tl.constexpr):
-    if K == columns.shape[1]:
+    if columns.shape[1] == K:
         tl.store(pointers, values, mask=rows_exist[:, None])
     else:
         tl.store(pointers, values, mask=rows_exist[:, None] & (columns < K))
@@ -221,7 +220,6 @@ def _forward_kernel(
     output,
     lse,
     work,
-    num_tokens,
     log2_scale,
     Q_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -234,6 +232,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = NUM_HEADS // HEADS
     TOKENS: tl.constexpr = ROWS // HEADS
@@ -245,7 +244,9 @@ def _forward_kernel(
         return
     first = tl.load(entry + 2) * TOKENS
 
-    row_head, row_token, query = _query_rows(first, HEADS, ROWS)
+    row_head = tl.arange(0, ROWS) % HEADS
+    row_token = tl.arange(0, ROWS) // HEADS
+    query = first + row_token
     row_exists = query < length
     column = tl.arange(0, PADDED_K)[None, :]
     lane = tl.arange(0, KEYS)
@@ -275,18 +276,22 @@ def _forward_kernel(
         if _is_partly_hidden(first, first + TOKENS - 1, position, position + KEYS - 1, WINDOW):
             scores = tl.where(_is_visible(query[:, None], key[None, :], WINDOW), scores, float("-inf"))
         highest = tl.maximum(maximum, tl.max(scores, 1) * log2_scale)
-        weights = tl.exp2(scores * log2_scale - highest[:, None])
-        shrink = tl.exp2(maximum - highest)
+        weights = _exp2(scores * log2_scale - highest[:, None], APPROXIMATE)
+        shrink = _exp2(maximum - highest, APPROXIMATE)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums)
         maximum = highest
 
-    sums = sums / total[:, None]
+    sums = sums * (1.0 / total)[:, None]
     row_lse = (maximum + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse + (head + row_head).to(tl.int64) * num_tokens + start + query, row_lse, mask=row_exists)
+    tl.store(lse + row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head, row_lse, mask=row_exists)
     _store_tile(
-        output + row_offset * (NUM_HEADS * K) + head * K + (row_token * (NUM_HEADS * K) + row_head * K)[:, None] + column,
+        output
+        + row_offset * (NUM_HEADS * K)
+        + head * K
+        + (row_token * (NUM_HEADS * K) + row_head * K)[:, None]
+        + column,
         sums.to(output.dtype.element_ty),
         row_exists,
         column,
@@ -305,10 +310,10 @@ def _grad_q_kernel(
     output,
     grad_output,
     lse,
+    log2_lse,
     delta,
     grad_q,
     work,
-    num_tokens,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -322,6 +327,7 @@ def _grad_q_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = NUM_HEADS // HEADS
     TOKENS: tl.constexpr = ROWS // HEADS
@@ -334,7 +340,9 @@ def _grad_q_kernel(
         return
     first = tl.load(entry + 2) * TOKENS
 
-    row_head, row_token, query = _query_rows(first, HEADS, ROWS)
+    row_head = tl.arange(0, ROWS) % HEADS
+    row_token = tl.arange(0, ROWS) // HEADS
+    query = first + row_token
     row_exists = query < length
     column = tl.arange(0, PADDED_K)[None, :]
     lane = tl.arange(0, KEYS)
@@ -350,9 +358,10 @@ def _grad_q_kernel(
     g_tile = _load_tile(grad_output + offset + in_tile, row_exists, column, K)
     y_tile = _load_tile(output + offset + in_tile, row_exists, column, K)
     row_delta = tl.sum(g_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    row_place = (head + row_head).to(tl.int64) * num_tokens + start + query
-    tl.store(delta + row_place, row_delta, mask=row_exists)
+    row_place = row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head
     row_lse = tl.load(lse + row_place, mask=row_exists, other=0.0) * 1.4426950408889634
+    tl.store(delta + row_place, row_delta, mask=row_exists)
+    tl.store(log2_lse + row_place, row_lse, mask=row_exists)
     k_rows = k + start.to(tl.int64) * K_STRIDE + (head // REPEATS) * K
     v_rows = v + start.to(tl.int64) * V_STRIDE + (head // REPEATS) * K
 
@@ -366,15 +375,13 @@ def _grad_q_kernel(
         v_tile = _load_tile(
             v_rows + position.to(tl.int64) * V_STRIDE + lane[:, None] * V_STRIDE + column, key < length, column, K
         )
-        weights = tl.exp2(tl.dot(q_tile, tl.trans(k_tile)) * log2_scale - row_lse[:, None])
+        weights = _exp2(tl.dot(q_tile, tl.trans(k_tile)) * log2_scale - row_lse[:, None], APPROXIMATE)
         if _is_partly_hidden(first, first + TOKENS - 1, position, position + KEYS - 1, WINDOW):
             weights = tl.where(_is_visible(query[:, None], key[None, :], WINDOW), weights, 0.0)
         grad_scores = weights * (tl.dot(g_tile, tl.trans(v_tile)) - row_delta[:, None])
         sums = tl.dot(grad_scores.to(k_tile.dtype), k_tile, sums)
 
-    _store_tile(
-        grad_q + offset + in_tile, (sums * scale).to(grad_q.dtype.element_ty), row_exists, column, K
-    )
+    _store_tile(grad_q + offset + in_tile, (sums * scale).to(grad_q.dtype.element_ty), row_exists, column, K)
 
 
 @triton.jit
@@ -383,12 +390,11 @@ def _grad_kv_kernel(
     k,
     v,
     grad_output,
-    lse,
+    log2_lse,
     delta,
     grad_k,
     grad_v,
     work,
-    num_tokens,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -402,6 +408,7 @@ def _grad_kv_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     GROUPS: tl.constexpr = NUM_HEADS // REPEATS
     PARTS: tl.constexpr = REPEATS // HEADS
@@ -426,13 +433,15 @@ def _grad_kv_kernel(
     v_tile = _load_tile(
         v + row_offset * V_STRIDE + group * K + lane[:, None] * V_STRIDE + column, key_exists, column, K
     )
-    row_head, row_token, _ = _query_rows(first, HEADS, ROWS)
+    row_head = tl.arange(0, ROWS) % HEADS
+    row_token = tl.arange(0, ROWS) // HEADS
     in_q_tile = (row_token * Q_STRIDE + row_head * K)[:, None] + column
     in_g_tile = (row_token * G_STRIDE + row_head * K)[:, None] + column
     head = group * REPEATS
     q_rows = q + row_offset * Q_STRIDE + head * K
     g_rows = grad_output + row_offset * G_STRIDE + head * K
-    row_place = (head + row_head).to(tl.int64) * num_tokens + start + first + row_token
+    row_place = row_offset * NUM_HEADS + head
+    in_rows = row_token * NUM_HEADS + row_head
 
     last = length
     if WINDOW != 0:
@@ -440,8 +449,8 @@ def _grad_kv_kernel(
     num_steps = tl.cdiv(last - first, TOKENS)
     k_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
     v_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
-    for step in range(0, num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
-        part = step // num_steps
+    for step in range(num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
+        part = 0 if PARTS == 1 else step // num_steps
         position = (step - part * num_steps) * TOKENS  # from the first key on
         query = first + position + row_token
         row_exists = query < length
@@ -451,14 +460,14 @@ def _grad_kv_kernel(
         g_tile = _load_tile(
             g_rows + position.to(tl.int64) * G_STRIDE + part * (HEADS * K) + in_g_tile, row_exists, column, K
         )
-        place = row_place + (part * HEADS).to(tl.int64) * num_tokens + position
-        row_lse = tl.load(lse + place, mask=row_exists, other=0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + place, mask=row_exists, other=0.0)
-        weights = tl.exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - row_lse[None, :])
-        if _is_partly_hidden(
-            first + position, first + position + TOKENS - 1, first, first + KEYS - 1, WINDOW
-        ):
-            weights = tl.where(_is_visible(query[None, :], key[:, None], WINDOW), weights, 0.0)
+        place = row_place + position.to(tl.int64) * NUM_HEADS + part * HEADS + in_rows
+        row_lse = tl.load(log2_lse + place)  # behind the row's end there is room, behind a document's nothing counts
+        row_delta = tl.load(delta + place)
+        weights = _exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - row_lse[None, :], APPROXIMATE)
+        hidden = _is_partly_hidden(first + position, first + position + TOKENS - 1, first, first + KEYS - 1, WINDOW)
+        if hidden | (first + position + TOKENS > length):
+            visible = _is_visible(query[None, :], key[:, None], WINDOW) & row_exists[None, :]
+            weights = tl.where(visible, weights, 0.0)
         v_sums = tl.dot(weights.to(g_tile.dtype), g_tile, v_sums)
         grad_scores = weights * (tl.dot(v_tile, tl.trans(g_tile)) - row_delta[None, :])
         k_sums = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sums)
@@ -474,11 +483,11 @@ def _grad_kv_kernel(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, work: Tensor, *, scale: float, window: int | None, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """[T, H, K] output and [H, T] float32 log-sum-exp; `work` in blocks of `tile.tokens(R)` tokens."""
+    """[T, H, K] output and [T, H] float32 log-sum-exp; `work` in blocks of `tile.tokens(R)` tokens."""
     num_tokens, num_heads, width = q.shape
     repeats = num_heads // k.shape[1]
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     heads = tile.heads(repeats)
     _forward_kernel[(work.shape[0] * (num_heads // heads),)](
         q,
@@ -487,7 +496,6 @@ def forward(
         output,
         lse,
         work,
-        num_tokens,
         scale * _LOG2_E,
         **_shapes(q, k, v, heads, tile, window),
     )
@@ -518,7 +526,8 @@ def backward(
     groups = k.shape[1]
     repeats = num_heads // groups
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    # The second kernel reads whole tiles of these two.
+    log2_lse, delta = torch.empty(2, num_tokens + tiles.keys.rows, num_heads, dtype=torch.float32, device=q.device)
     heads = tiles.queries.heads(repeats)
     _grad_q_kernel[(query_work.shape[0] * (num_heads // heads),)](
         q,
@@ -527,10 +536,10 @@ def backward(
         output,
         grad_output,
         lse,
+        log2_lse,
         delta,
         grad_q,
         query_work,
-        num_tokens,
         scale,
         scale * _LOG2_E,
         **_shapes(q, k, v, heads, tiles.queries, window),
@@ -540,12 +549,11 @@ def backward(
         k,
         v,
         grad_output,
-        lse,
+        log2_lse,
         delta,
         grad_k,
         grad_v,
         key_work,
-        num_tokens,
         scale,
         scale * _LOG2_E,
         **_shapes(q, k, v, tiles.keys.heads(repeats), tiles.keys, window),
@@ -567,6 +575,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile, window: int
         "ROWS": tile.rows,
         "KEYS": tile.keys,
         "WINDOW": window or 0,
+        "APPROXIMATE": q.device.type == "cuda",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

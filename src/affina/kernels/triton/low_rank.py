@@ -13,7 +13,7 @@ MIN_BLOCK_RANK = 16
 MAX_BLOCK_RANK = 64
 """Columns of a larger rank are added up in steps of this, so that both factors' tiles stay small."""
 MAX_FACTOR_BYTES = 16384
-"""The largest tile of B: it lies in shared memory, of which the smallest supported GPU gives a program 64 KiB."""
+"""The largest tile of B: it lies in shared memory, of which a GPU gives a program 64 to 227 KiB."""
 
 
 @triton.jit
@@ -57,11 +57,15 @@ def low_rank_tile(
     return product
 
 
-def block_rank(rank: int, block_columns: int, b: Tensor) -> int:
-    """Columns of t and B that one product takes with BLOCK_COLUMNS rows of B."""
-    largest = MAX_FACTOR_BYTES // (block_columns * b.element_size())
-    wanted = min(MAX_BLOCK_RANK, triton.next_power_of_2(max(1, rank)))
-    return max(MIN_BLOCK_RANK, min(wanted, triton.next_power_of_2(largest + 1) // 2))
+def block_rank(rank: int) -> int:
+    """Columns of t and b that one product takes."""
+    return min(MAX_BLOCK_RANK, max(MIN_BLOCK_RANK, int(triton.next_power_of_2(max(1, rank)))))
+
+
+def fitting_block_rank(rank: int, block_columns: int, element_bytes: int) -> int:
+    """The same where a tile has so many columns that MAX_BLOCK_RANK of them would not fit in shared memory."""
+    fitting = MAX_FACTOR_BYTES // (block_columns * element_bytes)
+    return max(MIN_BLOCK_RANK, min(block_rank(rank), fitting))
 
 
 def must_widen(tensor: Tensor) -> bool:

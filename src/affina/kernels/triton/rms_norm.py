@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from affina.kernels.triton.low_rank import block_rank, low_rank_tile, must_widen, row_stride
+from affina.kernels.triton.low_rank import fitting_block_rank, low_rank_tile, must_widen, row_stride
 
 if TYPE_CHECKING:
     from affina.kernels.rms_norm import RowUpdate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ELEMENTS_PER_THREAD = 8
 _WARP = 32
 
-_UPDATED_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4, "num_stages": 1}
+_UPDATED_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "STAGES": 2, "num_warps": 4, "num_stages": 1}
 _ADD_TILE = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": 4, "num_stages": 1}
 """Tiles with a low-rank update. One stage: to hold the factors of several tiles in shared memory would cost more
 programs side by side than their loads take."""
@@ -180,11 +180,12 @@ def _updated_forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < num_rows
     squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    for first in range(0, WIDTH, BLOCK_COLUMNS):
+    for first in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < WIDTH
         s = _load_sum(
@@ -215,7 +216,7 @@ def _updated_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=row_mask)
     # s is read by other threads than those that wrote it, and y may lie over x, which others may still be reading.
     tl.debug_barrier()
-    for first in range(0, WIDTH, BLOCK_COLUMNS):
+    for first in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < WIDTH
         mask = row_mask[:, None] & column_mask[None, :]
@@ -368,7 +369,7 @@ def _rank_constants(lora: RowUpdate, block_columns: int) -> dict[str, int | bool
     rank = lora.t.shape[1]
     return {
         "RANK": rank,
-        "BLOCK_RANK": block_rank(rank, block_columns, lora.b),
+        "BLOCK_RANK": fitting_block_rank(rank, block_columns, lora.b.element_size()),
         "WIDEN": must_widen(lora.b),
     }
 

@@ -67,20 +67,11 @@ def build_decoder(model: PeftModel, spec: DecoderSpec) -> Decoder:
 
 def largest_ranks(decoder: Decoder) -> LayerRanks:
     """The ranks of the layer with the largest adapters."""
-    return max(
-        (
-            LayerRanks(
-                sum(
-                    linear.slices.total_rank
-                    for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
-                    if linear.slices
-                ),
-                layer.down.slices.total_rank if layer.down.slices else 0,
-            )
-            for layer in decoder.layers
-        ),
-        key=lambda ranks: ranks.total,
+    ranks = (
+        LayerRanks(*(linear.slices.total_rank if linear.slices else 0 for linear in layer.linears))
+        for layer in decoder.layers
     )
+    return max(ranks, key=lambda layer: layer.total)
 
 
 def _adapted_linear(

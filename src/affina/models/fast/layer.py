@@ -97,6 +97,11 @@ class DecoderLayer:
     gate_up: AdaptedLinear
     down: AdaptedLinear
 
+    @property
+    def linears(self) -> tuple[AdaptedLinear, AdaptedLinear, AdaptedLinear, AdaptedLinear]:
+        """In the order of `FlatAdapter`."""
+        return self.qkv, self.output, self.gate_up, self.down
+
     def forward(self, x: Tensor, row: RowContext, keep: Keep | None) -> tuple[Tensor, Saved | None]:
         """x [T, D] → (x₃ [T, D], what `keep` says; None keeps nothing, for evaluation). Leaves x as it is."""
         saved = Saved(x)

@@ -33,10 +33,8 @@ import torch
 from torch import Tensor
 
 from affina.models.fast.parameters import GroupSlice, PairSlice
+from affina.models.fast.policy import PITCH
 from affina.models.fast.weights import FrozenStack, Workspace
-
-_PITCH = 64
-"""Elements to which row strides of wide buffers are rounded up: 128 bytes in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class AdaptedLinear:
     def new_outputs(self, num_tokens: int, like: Tensor) -> Tensor:
         """[M, N + R] uninitialised, its rows 128 bytes apart or a multiple."""
         columns = self.num_outputs + self.num_extra
-        return like.new_empty(num_tokens, -(-columns // _PITCH) * _PITCH)[:, :columns]
+        return like.new_empty(num_tokens, -(-columns // PITCH) * PITCH)[:, :columns]
 
     def forward(
         self, x: Tensor, flat: Tensor, *, is_wide: bool = False, folds: bool = False

@@ -5,9 +5,9 @@ A layer can keep, per token (bytes in bf16 for Qwen3-4B):
     x      its input                                   5,120    always
     x₂     the residual between attention and MLP      5,120
     o      the attention's output, log-sum-exp         8,320
-    qkv    queries, keys, values before rotation      12,288
-    q, k   after norm and rotation                    10,240
-    gu     gate and up                                38,912
+    qkv    queries, keys, values before rotation      12,416    with room for their gradient's low-rank part
+    q, k, v   after norm and rotation                 12,288
+    gu     gate and up                                39,040    likewise
 
 What is not kept is recomputed from what is. The levels drop first what is cheapest to recompute per byte: norms and
 rotation cost a pass over memory; gate and up cost a product each, for 38 KiB; the attention's output costs attention.
@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from affina.models.families import DecoderSpec
+
+PITCH = 64
+"""Elements to which row strides of wide buffers are rounded up: 128 bytes in 16 bits."""
 
 
 class Keep(IntEnum):
@@ -40,10 +43,16 @@ class Keep(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LayerRanks:
-    """Sum of the ranks of a layer's adapters, and that of the down projection alone: their t = x Aᵀ are kept too."""
+    """Sums of the ranks of a layer's adapters, by common input: their t = x Aᵀ are kept too."""
 
-    total: int
+    qkv: int
+    output: int
+    gate_up: int
     down: int
+
+    @property
+    def total(self) -> int:
+        return self.qkv + self.output + self.gate_up + self.down
 
 
 def kept_bytes_per_token(spec: DecoderSpec, keep: Keep, *, itemsize: int, ranks: LayerRanks) -> int:
@@ -52,18 +61,20 @@ def kept_bytes_per_token(spec: DecoderSpec, keep: Keep, *, itemsize: int, ranks:
     if keep >= Keep.INPUT:
         values += spec.hidden_size
     if keep >= Keep.ATTENTION:
-        values += spec.hidden_size + spec.query_size
+        values += spec.hidden_size + spec.query_size + ranks.total - ranks.down
     if keep >= Keep.PROJECTIONS:
-        values += spec.query_size + 2 * spec.key_value_size
+        values += _pitch(spec.query_size + 2 * spec.key_value_size + ranks.qkv)
     if keep >= Keep.PRODUCTS:
-        values += 2 * spec.intermediate_size
+        values += _pitch(2 * spec.intermediate_size + ranks.gate_up)
     if keep >= Keep.ALL:
-        values += spec.query_size + spec.key_value_size
-    scalars = 0
-    if keep >= Keep.ATTENTION:
-        values += ranks.total - ranks.down
-        scalars += spec.num_heads + 2  # log-sum-exp, and the norms' factors
+        values += spec.query_size + 2 * spec.key_value_size
+    scalars = spec.num_heads + 2 if keep >= Keep.ATTENTION else 0  # log-sum-exp, and the norms' factors
     return values * itemsize + scalars * 4
+
+
+def _pitch(columns: int) -> int:
+    """Columns of a wide buffer, as linear.py allocates it."""
+    return -(-columns // PITCH) * PITCH
 
 
 @dataclass(frozen=True, slots=True)
