@@ -209,6 +209,15 @@ def _is_visible(query, key, WINDOW: tl.constexpr):
     return visible
 
 
+@triton.jit
+def _statistics(head, token, num_rows, HEADS: tl.constexpr):
+    """Where a row's log-sum-exp and D lie between the two backward kernels: [H / P, rows, P], P heads of a key tile.
+
+    The numbers of a tile of the second kernel are contiguous.
+    """
+    return ((head // HEADS).to(tl.int64) * num_rows + token) * HEADS + head % HEADS
+
+
 # ------------------------------------------------------------------------------------------------ forward
 
 
@@ -314,6 +323,7 @@ def _grad_q_kernel(
     delta,
     grad_q,
     work,
+    num_rows,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -322,6 +332,7 @@ def _grad_q_kernel(
     NUM_HEADS: tl.constexpr,
     REPEATS: tl.constexpr,
     HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
     K: tl.constexpr,
     PADDED_K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -358,10 +369,11 @@ def _grad_q_kernel(
     g_tile = _load_tile(grad_output + offset + in_tile, row_exists, column, K)
     y_tile = _load_tile(output + offset + in_tile, row_exists, column, K)
     row_delta = tl.sum(g_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    row_place = row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head
-    row_lse = tl.load(lse + row_place, mask=row_exists, other=0.0) * 1.4426950408889634
-    tl.store(delta + row_place, row_delta, mask=row_exists)
-    tl.store(log2_lse + row_place, row_lse, mask=row_exists)
+    in_lse = row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head
+    row_lse = tl.load(lse + in_lse, mask=row_exists, other=0.0) * 1.4426950408889634
+    place = _statistics(head + row_head, row_offset + row_token, num_rows, KEY_HEADS)
+    tl.store(delta + place, row_delta, mask=row_exists)
+    tl.store(log2_lse + place, row_lse, mask=row_exists)
     k_rows = k + start.to(tl.int64) * K_STRIDE + (head // REPEATS) * K
     v_rows = v + start.to(tl.int64) * V_STRIDE + (head // REPEATS) * K
 
@@ -395,6 +407,7 @@ def _grad_kv_kernel(
     grad_k,
     grad_v,
     work,
+    num_rows,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -433,15 +446,14 @@ def _grad_kv_kernel(
     v_tile = _load_tile(
         v + row_offset * V_STRIDE + group * K + lane[:, None] * V_STRIDE + column, key_exists, column, K
     )
-    row_head = tl.arange(0, ROWS) % HEADS
-    row_token = tl.arange(0, ROWS) // HEADS
+    row = tl.arange(0, ROWS)
+    row_head = row % HEADS
+    row_token = row // HEADS
     in_q_tile = (row_token * Q_STRIDE + row_head * K)[:, None] + column
     in_g_tile = (row_token * G_STRIDE + row_head * K)[:, None] + column
     head = group * REPEATS
     q_rows = q + row_offset * Q_STRIDE + head * K
     g_rows = grad_output + row_offset * G_STRIDE + head * K
-    row_place = row_offset * NUM_HEADS + head
-    in_rows = row_token * NUM_HEADS + row_head
 
     last = length
     if WINDOW != 0:
@@ -460,9 +472,9 @@ def _grad_kv_kernel(
         g_tile = _load_tile(
             g_rows + position.to(tl.int64) * G_STRIDE + part * (HEADS * K) + in_g_tile, row_exists, column, K
         )
-        place = row_place + position.to(tl.int64) * NUM_HEADS + part * HEADS + in_rows
-        row_lse = tl.load(log2_lse + place)  # behind the row's end there is room, behind a document's nothing counts
-        row_delta = tl.load(delta + place)
+        place = _statistics(head + part * HEADS, row_offset + position, num_rows, HEADS)
+        row_lse = tl.load(log2_lse + place + row)  # behind the row's end there is room, behind a document's no meaning
+        row_delta = tl.load(delta + place + row)
         weights = _exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - row_lse[None, :], APPROXIMATE)
         hidden = _is_partly_hidden(first + position, first + position + TOKENS - 1, first, first + KEYS - 1, WINDOW)
         if hidden | (first + position + TOKENS > length):
@@ -527,7 +539,8 @@ def backward(
     repeats = num_heads // groups
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     # The second kernel reads whole tiles of these two.
-    log2_lse, delta = torch.empty(2, num_tokens + tiles.keys.rows, num_heads, dtype=torch.float32, device=q.device)
+    num_rows = num_tokens + tiles.keys.rows
+    log2_lse, delta = torch.empty(2, num_rows * num_heads, dtype=torch.float32, device=q.device)
     heads = tiles.queries.heads(repeats)
     _grad_q_kernel[(query_work.shape[0] * (num_heads // heads),)](
         q,
@@ -540,8 +553,10 @@ def backward(
         delta,
         grad_q,
         query_work,
+        num_rows,
         scale,
         scale * _LOG2_E,
+        KEY_HEADS=tiles.keys.heads(repeats),
         **_shapes(q, k, v, heads, tiles.queries, window),
     )
     _grad_kv_kernel[(key_work.shape[0] * groups,)](
@@ -554,6 +569,7 @@ def backward(
         grad_k,
         grad_v,
         key_work,
+        num_rows,
         scale,
         scale * _LOG2_E,
         **_shapes(q, k, v, tiles.keys.heads(repeats), tiles.keys, window),

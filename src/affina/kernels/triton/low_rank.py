@@ -17,6 +17,58 @@ MAX_FACTOR_BYTES = 16384
 
 
 @triton.jit
+def load_left_factor(
+    t_ptr, t_stride, rows, row_mask, first, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr
+):
+    """[BLOCK_ROWS, BLOCK_RANK] columns of t from `first` on; rows are int64."""
+    ranks = first + tl.arange(0, BLOCK_RANK)
+    mask = row_mask[:, None] & (ranks < RANK)[None, :]
+    t = tl.load(t_ptr + rows[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
+    return t.to(tl.float32) if WIDEN else t
+
+
+@triton.jit
+def load_right_factor(
+    b_ptr, b_stride, columns, column_mask, first, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr
+):
+    """[BLOCK_RANK, BLOCK_COLUMNS] columns of B from `first` on, transposed; `columns`, int64, are rows of B."""
+    ranks = first + tl.arange(0, BLOCK_RANK)
+    mask = column_mask[None, :] & (ranks < RANK)[:, None]
+    b = tl.load(b_ptr + columns[None, :] * b_stride + ranks[:, None], mask=mask, other=0.0)
+    return b.to(tl.float32) if WIDEN else b
+
+
+@triton.jit
+def low_rank_product(
+    first_t,
+    t_ptr,
+    t_stride,
+    b_ptr,
+    b_stride,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_COLUMNS] float32: entry (i, j) is t[rows[i]] · b[columns[j]].
+
+    first_t: `load_left_factor` of these rows and first = 0, which a caller with several products loads once
+    rows, columns: int64
+    WIDEN: multiply in float32 where the interpreter cannot multiply the type
+    """
+    b = load_right_factor(b_ptr, b_stride, columns, column_mask, 0, RANK, BLOCK_RANK, WIDEN)
+    product = tl.dot(first_t, b, input_precision="ieee")
+    for first in range(BLOCK_RANK, RANK, BLOCK_RANK):
+        t = load_left_factor(t_ptr, t_stride, rows, row_mask, first, RANK, BLOCK_RANK, WIDEN)
+        b = load_right_factor(b_ptr, b_stride, columns, column_mask, first, RANK, BLOCK_RANK, WIDEN)
+        product = tl.dot(t, b, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def low_rank_tile(
     t_ptr,
     t_stride,
@@ -32,29 +84,11 @@ def low_rank_tile(
     BLOCK_COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """[BLOCK_ROWS, BLOCK_COLUMNS] float32: entry (i, j) is t[rows[i]] · b[columns[j]].
-
-    rows and columns are int64; WIDEN multiplies in float32 where the interpreter cannot multiply the type.
-    """
-    ranks = tl.arange(0, BLOCK_RANK)
-    product = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    for first in range(0, RANK, BLOCK_RANK):
-        rank_mask = first + ranks < RANK
-        t = tl.load(
-            t_ptr + rows[:, None] * t_stride + (first + ranks)[None, :],
-            mask=row_mask[:, None] & rank_mask[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            b_ptr + columns[None, :] * b_stride + (first + ranks)[:, None],
-            mask=column_mask[None, :] & rank_mask[:, None],
-            other=0.0,
-        )
-        if WIDEN:
-            t = t.to(tl.float32)
-            b = b.to(tl.float32)
-        product = tl.dot(t, b, product, input_precision="ieee")
-    return product
+    """`low_rank_product` [BLOCK_ROWS, BLOCK_COLUMNS] for a caller with one product only."""
+    first_t = load_left_factor(t_ptr, t_stride, rows, row_mask, 0, RANK, BLOCK_RANK, WIDEN)
+    return low_rank_product(
+        first_t, t_ptr, t_stride, b_ptr, b_stride, rows, row_mask, columns, column_mask, RANK, BLOCK_RANK, WIDEN
+    )
 
 
 def block_rank(rank: int) -> int:

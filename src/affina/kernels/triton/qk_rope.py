@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from affina.kernels.triton.low_rank import block_rank, low_rank_tile, must_widen, row_stride
+from affina.kernels.triton.low_rank import (
+    fitting_block_rank,
+    load_left_factor,
+    low_rank_product,
+    must_widen,
+    row_stride,
+)
 
 if TYPE_CHECKING:
     from affina.kernels.qk_rope import Heads, QkvUpdate
@@ -38,6 +44,7 @@ def _load_head(
     qkv_ptr,
     qkv_stride,
     column,
+    first_t,
     t_ptr,
     t_stride,
     b_ptr,
@@ -51,8 +58,6 @@ def _load_head(
     HALF: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Both halves [BLOCK_TOKENS, BLOCK_HALF] float32 of the head that begins at `column`, with its update.
@@ -65,22 +70,11 @@ def _load_head(
     second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
     if RANK > 0:
         b_rows = b_row + halves
-        first += scale * low_rank_tile(
-            t_ptr,
-            t_stride,
-            b_ptr,
-            b_stride,
-            tokens,
-            token_mask,
-            b_rows,
-            half_mask,
-            RANK,
-            BLOCK_RANK,
-            BLOCK_TOKENS,
-            BLOCK_HALF,
-            WIDEN,
+        first += scale * low_rank_product(
+            first_t, t_ptr, t_stride, b_ptr, b_stride, tokens, token_mask, b_rows, half_mask, RANK, BLOCK_RANK, WIDEN
         )
-        second += scale * low_rank_tile(
+        second += scale * low_rank_product(
+            first_t,
             t_ptr,
             t_stride,
             b_ptr,
@@ -91,8 +85,6 @@ def _load_head(
             half_mask,
             RANK,
             BLOCK_RANK,
-            BLOCK_TOKENS,
-            BLOCK_HALF,
             WIDEN,
         )
     return first, second
@@ -136,9 +128,9 @@ def _forward_heads(
     ROTATE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Norm and rotation of up to HEADS_PER_PROGRAM heads from `first_head` (int64) on."""
@@ -150,7 +142,11 @@ def _forward_heads(
     if HAS_WEIGHT:
         first_weight = tl.load(weight_ptr + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
         second_weight = tl.load(weight_ptr + HALF + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-    for step in range(HEADS_PER_PROGRAM):
+    if RANK > 0:
+        first_t = load_left_factor(t_ptr, t_stride, tokens, token_mask, 0, RANK, BLOCK_RANK, WIDEN)
+    else:
+        first_t = 0.0
+    for step in tl.range(0, HEADS_PER_PROGRAM, num_stages=STAGES):
         head = first_head + step
         head_mask = half_mask & (head < NUM_HEADS)
         mask = token_mask[:, None] & head_mask[None, :]
@@ -159,6 +155,7 @@ def _forward_heads(
             qkv_ptr,
             qkv_stride,
             first_column + column,
+            first_t,
             t_ptr,
             t_stride,
             b_ptr,
@@ -172,8 +169,6 @@ def _forward_heads(
             HALF,
             RANK,
             BLOCK_RANK,
-            BLOCK_TOKENS,
-            BLOCK_HALF,
             WIDEN,
         )
         if HAS_WEIGHT:
@@ -232,6 +227,7 @@ def _forward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     q_groups: tl.constexpr = (NUM_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
@@ -267,9 +263,9 @@ def _forward_kernel(
             True,
             RANK_Q,
             BLOCK_RANK_Q,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
     elif group < q_groups + kv_groups:
@@ -298,9 +294,9 @@ def _forward_kernel(
             True,
             RANK_K,
             BLOCK_RANK_K,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
     else:
@@ -329,9 +325,9 @@ def _forward_kernel(
             False,
             RANK_V,
             BLOCK_RANK_V,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
 
@@ -366,9 +362,9 @@ def _backward_heads(
     ROTATE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Gradients of up to HEADS_PER_PROGRAM heads from `first_head` (int64) on, before the rotation and the norm."""
@@ -380,7 +376,11 @@ def _backward_heads(
     if HAS_WEIGHT:
         first_weight = tl.load(weight_ptr + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
         second_weight = tl.load(weight_ptr + HALF + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-    for step in range(HEADS_PER_PROGRAM):
+    if HAS_WEIGHT and RANK > 0:
+        first_t = load_left_factor(t_ptr, t_stride, tokens, token_mask, 0, RANK, BLOCK_RANK, WIDEN)
+    else:
+        first_t = 0.0
+    for step in tl.range(0, HEADS_PER_PROGRAM, num_stages=STAGES):
         head = first_head + step
         head_mask = half_mask & (head < NUM_HEADS)
         mask = token_mask[:, None] & head_mask[None, :]
@@ -399,6 +399,7 @@ def _backward_heads(
                 qkv_ptr,
                 qkv_stride,
                 first_column + column,
+                first_t,
                 t_ptr,
                 t_stride,
                 b_ptr,
@@ -412,8 +413,6 @@ def _backward_heads(
                 HALF,
                 RANK,
                 BLOCK_RANK,
-                BLOCK_TOKENS,
-                BLOCK_HALF,
                 WIDEN,
             )
             rstd = _reciprocal_root_mean_square(first, second, epsilon, HALF)
@@ -472,6 +471,7 @@ def _backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     q_groups: tl.constexpr = (NUM_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
@@ -511,9 +511,9 @@ def _backward_kernel(
             True,
             RANK_Q,
             BLOCK_RANK_Q,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
     elif group < q_groups + kv_groups:
@@ -546,9 +546,9 @@ def _backward_kernel(
             True,
             RANK_K,
             BLOCK_RANK_K,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
     else:
@@ -582,9 +582,9 @@ def _backward_kernel(
             False,
             0,
             BLOCK_RANK_K,
-            BLOCK_TOKENS,
             BLOCK_HALF,
             HEADS_PER_PROGRAM,
+            STAGES,
             WIDEN,
         )
 
@@ -636,9 +636,9 @@ def launch_forward(
         RANK_Q=ranks[0],
         RANK_K=ranks[1],
         RANK_V=ranks[2],
-        BLOCK_RANK_Q=block_rank(ranks[0]),
-        BLOCK_RANK_K=block_rank(ranks[1]),
-        BLOCK_RANK_V=block_rank(ranks[2]),
+        BLOCK_RANK_Q=fitting_block_rank(ranks[0], tile["BLOCK_HALF"], qkv.element_size()),
+        BLOCK_RANK_K=fitting_block_rank(ranks[1], tile["BLOCK_HALF"], qkv.element_size()),
+        BLOCK_RANK_V=fitting_block_rank(ranks[2], tile["BLOCK_HALF"], qkv.element_size()),
         WIDEN=must_widen(qkv),
         **tile,
     )
@@ -690,8 +690,8 @@ def launch_backward(
         HAS_K_WEIGHT=k_weight is not None,
         RANK_Q=ranks[0],
         RANK_K=ranks[1],
-        BLOCK_RANK_Q=block_rank(ranks[0]),
-        BLOCK_RANK_K=block_rank(ranks[1]),
+        BLOCK_RANK_Q=fitting_block_rank(ranks[0], tile["BLOCK_HALF"], qkv.element_size()),
+        BLOCK_RANK_K=fitting_block_rank(ranks[1], tile["BLOCK_HALF"], qkv.element_size()),
         WIDEN=must_widen(qkv),
         **tile,
     )
@@ -707,7 +707,9 @@ def _tile(heads: Heads, *, has_update: bool) -> dict[str, Any]:
         "BLOCK_TOKENS": block_tokens,
         "BLOCK_HALF": block_half,
         "HEADS_PER_PROGRAM": _HEADS_PER_PROGRAM,
+        "STAGES": 1,
         "num_warps": _NUM_WARPS,
+        "num_stages": 1,
     }
 
 

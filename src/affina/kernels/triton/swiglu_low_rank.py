@@ -5,7 +5,7 @@ A program owns a block of columns of gate and up and walks down a chunk of rows,
 * its rows of B are loaded once and stay in shared memory, as operands of the matrix units;
 * the next tiles are on their way (asynchronous copies to shared memory) while one is computed;
 * the gradients of the factors, sums over all rows, grow in its registers. At its end it writes them once to a workspace
-  [chunks, I, R_g + R_u + R_d] in float32, and a second kernel adds up the chunks in their order: no atomics, the same
+  [chunks, R_g + R_u + R_d, I] in float32, and a second kernel adds up the chunks in their order: no atomics, the same
   bits every time.
 
 A tile's elements are read before they are written and no program reads those of another, so writing over an input is
@@ -50,37 +50,40 @@ def _sigmoid(x, APPROXIMATES: tl.constexpr):
 
 @triton.jit
 def _factor(b_ptr, b_stride, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr):
-    """[BLOCK_COLUMNS, BLOCK_RANK]: the rows of B for a block of columns of the activation."""
+    """[BLOCK_RANK, BLOCK_COLUMNS]: Bᵀ of a block of columns of the activation."""
     ranks = tl.arange(0, BLOCK_RANK)
-    mask = column_mask[:, None] & (ranks < RANK)[None, :]
-    b = tl.load(b_ptr + columns[:, None] * b_stride + ranks[None, :], mask=mask, other=0.0)
+    mask = (ranks < RANK)[:, None] & column_mask[None, :]
+    b = tl.load(b_ptr + columns[None, :] * b_stride + ranks[:, None], mask=mask, other=0.0)
     return b.to(tl.float32) if WIDEN else b
 
 
 @triton.jit
 def _rank_rows(t_ptr, t_stride, rows, row_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDEN: tl.constexpr):
-    """[BLOCK_RANK, BLOCK_ROWS]: rows of t, or of the gradient of a t, each a column here."""
+    """[BLOCK_ROWS, BLOCK_RANK]: rows of t, or of the gradient of a t."""
     ranks = tl.arange(0, BLOCK_RANK)
-    mask = row_mask[None, :] if RANK == BLOCK_RANK else row_mask[None, :] & (ranks < RANK)[:, None]
-    t = tl.load(t_ptr + rows[None, :] * t_stride + ranks[:, None], mask=mask, other=0.0)
+    mask = row_mask[:, None] if RANK == BLOCK_RANK else row_mask[:, None] & (ranks < RANK)[None, :]
+    t = tl.load(t_ptr + rows[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
     return t.to(tl.float32) if WIDEN else t
 
 
 @triton.jit
-def _rank_sum(sums, wide, t, WIDEN: tl.constexpr):
-    """sums + wide tᵀ: [BLOCK_COLUMNS, BLOCK_RANK] from [BLOCK_COLUMNS, BLOCK_ROWS] and [BLOCK_RANK, BLOCK_ROWS]."""
+def _rank_sum(sums, t, wide, WIDEN: tl.constexpr):
+    """sums + tᵀ wide: [BLOCK_RANK, BLOCK_COLUMNS] from [BLOCK_ROWS, BLOCK_RANK] and [BLOCK_ROWS, BLOCK_COLUMNS].
+
+    This way round, ranks below 64 take the matrix units' synchronous instructions, which need no waiting in between.
+    """
     if WIDEN:
         wide = wide.to(tl.float32)
-    return tl.dot(wide, tl.trans(t), sums, input_precision="ieee")
+    return tl.dot(tl.trans(t), wide, sums, input_precision="ieee")
 
 
 @triton.jit
 def _store_sums(
-    workspace_ptr, sums, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, TOTAL_RANK: tl.constexpr
+    workspace_ptr, sums, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDTH: tl.constexpr
 ):
     ranks = tl.arange(0, BLOCK_RANK)
-    mask = column_mask[:, None] & (ranks < RANK)[None, :]
-    tl.store(workspace_ptr + columns[:, None] * TOTAL_RANK + ranks[None, :], sums, mask=mask)
+    mask = (ranks < RANK)[:, None] & column_mask[None, :]
+    tl.store(workspace_ptr + ranks[:, None] * WIDTH + columns[None, :], sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_per_chunk"])
@@ -123,18 +126,18 @@ def _forward_kernel(
     for block in tl.range(0, blocks_per_chunk, num_stages=STAGES):
         rows = first_row + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = rows < num_rows
-        mask = row_mask[None, :] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[None, :] & column_mask[:, None]
-        pointers = gate_up_ptr + rows[None, :] * gate_up_stride + columns[:, None]
+        mask = row_mask[:, None] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[:, None] & column_mask[None, :]
+        pointers = gate_up_ptr + rows[:, None] * gate_up_stride + columns[None, :]
         gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(pointers + WIDTH, mask=mask, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
             t_gate = _rank_rows(t_ptr, t_stride, rows, row_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
-            gate += scale_gate * tl.dot(b_gate, t_gate, input_precision="ieee")
+            gate += scale_gate * tl.dot(t_gate, b_gate, input_precision="ieee")
         if RANK_UP > 0:
             t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
-            up += scale_up * tl.dot(b_up, t_up, input_precision="ieee")
+            up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
         activation = gate * _sigmoid(gate, APPROXIMATES) * up
-        out_pointers = out_ptr + rows[None, :] * out_stride + columns[:, None]
+        out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
         tl.store(out_pointers, activation.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -183,66 +186,64 @@ def _backward_kernel(
     column_mask = columns < WIDTH
     if RANK_GATE > 0:
         b_gate = _factor(b_gate_ptr, b_gate_stride, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
-        sums_gate = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_GATE], dtype=tl.float32)
+        sums_gate = tl.zeros([BLOCK_RANK_GATE, BLOCK_COLUMNS], dtype=tl.float32)
     if RANK_UP > 0:
         b_up = _factor(b_up_ptr, b_up_stride, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
-        sums_up = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_UP], dtype=tl.float32)
+        sums_up = tl.zeros([BLOCK_RANK_UP, BLOCK_COLUMNS], dtype=tl.float32)
     if RANK_DOWN > 0:
-        sums_down = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_DOWN], dtype=tl.float32)
+        sums_down = tl.zeros([BLOCK_RANK_DOWN, BLOCK_COLUMNS], dtype=tl.float32)
     first_row = chunk * blocks_per_chunk * BLOCK_ROWS
     for block in tl.range(0, blocks_per_chunk, num_stages=STAGES):
         rows = first_row + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = rows < num_rows
-        mask = row_mask[None, :] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[None, :] & column_mask[:, None]
-        grad = tl.load(grad_ptr + rows[None, :] * grad_stride + columns[:, None], mask=mask, other=0.0).to(tl.float32)
-        pointers = gate_up_ptr + rows[None, :] * gate_up_stride + columns[:, None]
+        mask = row_mask[:, None] if WIDTH % BLOCK_COLUMNS == 0 else row_mask[:, None] & column_mask[None, :]
+        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        pointers = gate_up_ptr + rows[:, None] * gate_up_stride + columns[None, :]
         gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(pointers + WIDTH, mask=mask, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
             t_gate = _rank_rows(t_ptr, t_stride, rows, row_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
-            gate += scale_gate * tl.dot(b_gate, t_gate, input_precision="ieee")
+            gate += scale_gate * tl.dot(t_gate, b_gate, input_precision="ieee")
         if RANK_UP > 0:
             t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
-            up += scale_up * tl.dot(b_up, t_up, input_precision="ieee")
+            up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
 
         sigmoid = _sigmoid(gate, APPROXIMATES)
         silu = gate * sigmoid
         grad_up = (grad * silu).to(out_ptr.dtype.element_ty)
         grad_gate = (grad * up * (sigmoid + silu * (1.0 - sigmoid))).to(out_ptr.dtype.element_ty)
         activation = (silu * up).to(out_ptr.dtype.element_ty)
-        out_pointers = out_ptr + rows[None, :] * out_stride + columns[:, None]
+        out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
         tl.store(out_pointers, grad_gate, mask=mask)
         tl.store(out_pointers + WIDTH, grad_up, mask=mask)
         if HAS_ACTIVATION:
-            tl.store(activation_ptr + rows[None, :] * activation_stride + columns[:, None], activation, mask=mask)
+            tl.store(activation_ptr + rows[:, None] * activation_stride + columns[None, :], activation, mask=mask)
         if HAS_SUMS:
             if RANK_GATE > 0:
-                sums_gate = _rank_sum(sums_gate, grad_gate, t_gate, WIDEN)
+                sums_gate = _rank_sum(sums_gate, t_gate, grad_gate, WIDEN)
             if RANK_UP > 0:
-                sums_up = _rank_sum(sums_up, grad_up, t_up, WIDEN)
+                sums_up = _rank_sum(sums_up, t_up, grad_up, WIDEN)
             if RANK_DOWN > 0:
                 u_down = _rank_rows(u_down_ptr, u_down_stride, rows, row_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDEN)
-                sums_down = _rank_sum(sums_down, activation, u_down, WIDEN)
+                sums_down = _rank_sum(sums_down, u_down, activation, WIDEN)
 
     if HAS_SUMS:
-        total: tl.constexpr = RANK_GATE + RANK_UP + RANK_DOWN
-        mine = workspace_ptr + chunk.to(tl.int64) * (WIDTH * total)
+        mine = workspace_ptr + chunk.to(tl.int64) * ((RANK_GATE + RANK_UP + RANK_DOWN) * WIDTH)
         if RANK_GATE > 0:
-            _store_sums(mine, sums_gate, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, total)
+            _store_sums(mine, sums_gate, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDTH)
         if RANK_UP > 0:
-            _store_sums(mine + RANK_GATE, sums_up, columns, column_mask, RANK_UP, BLOCK_RANK_UP, total)
+            _store_sums(mine + RANK_GATE * WIDTH, sums_up, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDTH)
         if RANK_DOWN > 0:
-            _store_sums(
-                mine + (RANK_GATE + RANK_UP), sums_down, columns, column_mask, RANK_DOWN, BLOCK_RANK_DOWN, total
-            )
+            mine += (RANK_GATE + RANK_UP) * WIDTH
+            _store_sums(mine, sums_down, columns, column_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDTH)
 
 
 @triton.jit
 def _reduce_factor(
     workspace_ptr,
     out_ptr,
-    column_stride,
     rank_stride,
+    column_stride,
     scale,
     columns,
     column_mask,
@@ -250,20 +251,18 @@ def _reduce_factor(
     chunk_elements,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    TOTAL_RANK: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     ACCUMULATES: tl.constexpr,
 ):
     """The gradient of one factor for a block of columns: the chunks' sums, added in their order."""
     ranks = tl.arange(0, BLOCK_RANK)
-    mask = column_mask[:, None] & (ranks < RANK)[None, :]
-    offsets = columns[:, None] * TOTAL_RANK + ranks[None, :]
-    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK], dtype=tl.float32)
-    for _ in tl.range(0, num_chunks, num_stages=4):
-        sums += tl.load(workspace_ptr + offsets, mask=mask, other=0.0)
-        workspace_ptr += chunk_elements
+    mask = (ranks < RANK)[:, None] & column_mask[None, :]
+    pointers = workspace_ptr + ranks[:, None] * WIDTH + columns[None, :]
+    sums = tl.load(pointers, mask=mask, other=0.0)
+    for chunk in tl.range(1, num_chunks, num_stages=4):
+        sums += tl.load(pointers + chunk * chunk_elements, mask=mask, other=0.0)
     sums *= scale
-    out_pointers = out_ptr + columns[:, None] * column_stride + ranks[None, :] * rank_stride
+    out_pointers = out_ptr + ranks[:, None] * rank_stride + columns[None, :] * column_stride
     if ACCUMULATES:
         sums += tl.load(out_pointers, mask=mask, other=0.0)
     tl.store(out_pointers, sums, mask=mask)
@@ -291,60 +290,62 @@ def _reduce_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ACCUMULATES: tl.constexpr,
 ):
-    total: tl.constexpr = RANK_GATE + RANK_UP + RANK_DOWN
+    """The first third of the programs make the gradient of the gate's B, the next the up projection's, the last A's."""
+    chunk_elements: tl.constexpr = (RANK_GATE + RANK_UP + RANK_DOWN) * WIDTH
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < WIDTH
+    factor = tl.program_id(1)
     if RANK_GATE > 0:
-        _reduce_factor(
-            workspace_ptr,
-            b_gate_ptr,
-            b_gate_stride,
-            1,
-            scale_gate,
-            columns,
-            column_mask,
-            num_chunks,
-            WIDTH * total,
-            RANK_GATE,
-            BLOCK_RANK_GATE,
-            total,
-            BLOCK_COLUMNS,
-            ACCUMULATES,
-        )
+        if factor == 0:
+            _reduce_factor(
+                workspace_ptr,
+                b_gate_ptr,
+                1,
+                b_gate_stride,
+                scale_gate,
+                columns,
+                column_mask,
+                num_chunks,
+                chunk_elements,
+                RANK_GATE,
+                BLOCK_RANK_GATE,
+                WIDTH,
+                ACCUMULATES,
+            )
     if RANK_UP > 0:
-        _reduce_factor(
-            workspace_ptr + RANK_GATE,
-            b_up_ptr,
-            b_up_stride,
-            1,
-            scale_up,
-            columns,
-            column_mask,
-            num_chunks,
-            WIDTH * total,
-            RANK_UP,
-            BLOCK_RANK_UP,
-            total,
-            BLOCK_COLUMNS,
-            ACCUMULATES,
-        )
+        if factor == 1:
+            _reduce_factor(
+                workspace_ptr + RANK_GATE * WIDTH,
+                b_up_ptr,
+                1,
+                b_up_stride,
+                scale_up,
+                columns,
+                column_mask,
+                num_chunks,
+                chunk_elements,
+                RANK_UP,
+                BLOCK_RANK_UP,
+                WIDTH,
+                ACCUMULATES,
+            )
     if RANK_DOWN > 0:
-        _reduce_factor(
-            workspace_ptr + (RANK_GATE + RANK_UP),
-            a_down_ptr,
-            1,
-            a_down_stride,
-            1.0,
-            columns,
-            column_mask,
-            num_chunks,
-            WIDTH * total,
-            RANK_DOWN,
-            BLOCK_RANK_DOWN,
-            total,
-            BLOCK_COLUMNS,
-            ACCUMULATES,
-        )
+        if factor == 2:
+            _reduce_factor(
+                workspace_ptr + (RANK_GATE + RANK_UP) * WIDTH,
+                a_down_ptr,
+                a_down_stride,
+                1,
+                1.0,
+                columns,
+                column_mask,
+                num_chunks,
+                chunk_elements,
+                RANK_DOWN,
+                BLOCK_RANK_DOWN,
+                WIDTH,
+                ACCUMULATES,
+            )
 
 
 # Launches
@@ -470,7 +471,7 @@ def _launch_reduction(
     constants: dict[str, Any],
 ) -> None:
     outputs = (gradients.b_gate, gradients.b_up, gradients.a_down)
-    _reduce_kernel[(triton.cdiv(width, _REDUCED_COLUMNS),)](
+    _reduce_kernel[(triton.cdiv(width, _REDUCED_COLUMNS), 3)](
         workspace,
         *(workspace if out is None else out for out in outputs),
         num_chunks,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_gradient
 from affina.kernels.rms_norm import rms_norm, rms_norm_backward
 from affina.models.families import DecoderSpec
-from affina.models.fast.layer import DecoderLayer, RowContext, Saved
+from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
 from affina.models.fast.offload import HostBuffers
 from affina.models.fast.parameters import FlatAdapter
 from affina.models.fast.policy import Keep, SavePolicy
@@ -54,12 +54,14 @@ class Decoder:
     first_adapted: int
     host: HostBuffers
 
-    def forward(self, input_ids: Tensor, row: RowContext, policy: SavePolicy) -> tuple[Tensor, list[Saved | None]]:
-        """input_ids [T] → (output of the last layer [T, D], what each layer kept)."""
-        x = self.embedding(input_ids)
+    def forward(
+        self, input_ids: Tensor, row: RowContext, policy: SavePolicy | None
+    ) -> tuple[Pending, list[Saved | None]]:
+        """input_ids [T] → (output of the last layer, what each layer kept). policy: None keeps nothing."""
+        x = Pending(self.embedding(input_ids))
         saved: list[Saved | None] = []
         for index, layer in enumerate(self.layers):
-            keep = policy.layers[index] if index >= self.first_adapted else None
+            keep = policy.layers[index] if policy is not None and index >= self.first_adapted else None
             x, kept = layer.forward(x, row, keep)
             if kept is not None and keep == Keep.OFFLOADED:
                 self.host.store(index, kept)
@@ -81,9 +83,9 @@ class Decoder:
             current = self.layers[index].backward(current, kept, row, gradient, below=below)
         return gradient
 
-    def loss(self, last: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, last: Pending, positions: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies, without anything for a backward pass."""
-        hidden, _ = rms_norm(last.index_select(0, positions), self.final_norm, self.spec.norm_epsilon)
+        hidden, _ = rms_norm(last.rows(positions), self.final_norm, self.spec.norm_epsilon)
         return linear_cross_entropy(
             hidden,
             self.head.weight,
@@ -93,9 +95,9 @@ class Decoder:
             logit_scale=self.head.scale,
         )
 
-    def loss_and_gradient(self, last: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, HeadTape]:
+    def loss_and_gradient(self, last: Pending, positions: Tensor, targets: Tensor) -> tuple[Tensor, HeadTape]:
         """The sum of the cross-entropies, and its gradient up to the final norm."""
-        rows = last.index_select(0, positions)
+        rows = last.rows(positions)
         hidden, rstd = rms_norm(rows, self.final_norm, self.spec.norm_epsilon)
         loss, gradient = linear_cross_entropy_and_gradient(
             hidden,
@@ -105,7 +107,7 @@ class Decoder:
             softcap=self.head.softcap,
             logit_scale=self.head.scale,
         )
-        return loss, HeadTape(last.shape[0], positions, rows, rstd, gradient)
+        return loss, HeadTape(last.x.shape[0], positions, rows, rstd, gradient)
 
     def gradient_of_last(self, tape: HeadTape, factor: Tensor) -> Tensor:
         """[T, D + R] gradient of the last layer's output: zero but for the rows that predict a supervised token.

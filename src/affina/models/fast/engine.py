@@ -120,11 +120,9 @@ class FastEngine:
 
     def _evaluate(self, batch: Batch) -> Tensor:
         row = self._row(batch)
-        x = self.decoder.embedding(batch.input_ids)
-        for layer in self.decoder.layers:
-            x, _ = layer.forward(x, row, None)
+        last, _ = self.decoder.forward(batch.input_ids, row, None)
         positions = predicting_positions(batch)
-        return self.decoder.loss(x, positions, batch.labels[positions + 1])
+        return self.decoder.loss(last, positions, batch.labels[positions + 1])
 
     def _row(self, batch: Batch) -> RowContext:
         lengths = getattr(batch, "lengths", None)

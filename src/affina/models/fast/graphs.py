@@ -18,7 +18,7 @@ from torch import Tensor
 
 from affina.kernels.attention import Segments
 from affina.models.fast.decoder import Decoder
-from affina.models.fast.layer import RowContext
+from affina.models.fast.layer import Pending, RowContext
 from affina.models.fast.policy import SavePolicy
 
 _WARMUP_RUNS = 2
@@ -61,8 +61,8 @@ class GraphedRow:
         self._num_replays = 0
         self._capture(policy)
 
-    def forward(self, input_ids: Tensor, row: RowContext) -> tuple[Tensor, int]:
-        """(output of the last layer [T, D], valid until the next forward pass; a ticket for `backward`)."""
+    def forward(self, input_ids: Tensor, row: RowContext) -> tuple[Pending, int]:
+        """(output of the last layer, valid until the next forward pass; a ticket for `backward`)."""
         self._input_ids.copy_(input_ids)
         self._row.cos.copy_(row.cos)
         self._row.sin.copy_(row.sin)
@@ -90,7 +90,7 @@ class GraphedRow:
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP_RUNS):
                 last, saved = decoder.forward(self._input_ids, row, policy)
-                decoder.backward(decoder.layers[-1].new_gradient(last.shape[0], last).zero_(), saved, row)
+                decoder.backward(decoder.layers[-1].new_gradient(last.x.shape[0], last.x).zero_(), saved, row)
                 del last, saved
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -98,7 +98,7 @@ class GraphedRow:
         with torch.cuda.graph(self._forward_graph, stream=stream, capture_error_mode="thread_local"):
             self._last, saved = decoder.forward(self._input_ids, row, policy)
         pool = self._forward_graph.pool()
-        self._grad = decoder.layers[-1].new_gradient(self._last.shape[0], self._last)
+        self._grad = decoder.layers[-1].new_gradient(self._last.x.shape[0], self._last.x)
         with torch.cuda.graph(self._backward_graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._gradient = decoder.backward(self._grad, saved, row)
 

@@ -11,13 +11,14 @@ Forward, with x the residual stream:
     h₂ = w₂ ∘ x₂ / rms(x₂)                    [g u] = h₂ W_guᵀ
     x₃ = x₂ + (silu(g) ∘ u) W_dᵀ
 
-The backward pass walks up the same list. Three things are worth saying.
+The backward pass walks up the same list. Some things are worth saying.
 
 * Norm outputs are never kept and never recomputed for the adapters' sake. With h = w ∘ (ρ x), ρ one number per token,
 
       ∂A = uᵀ h = (ρ ∘ u)ᵀ x ∘ w         (ρ scales the rows of u, w the columns of the result)
 
   so the gradient of A comes from x, which is kept anyway.
+* The sum x₂ + … of a layer's end is left to the next layer's norm, which reads both anyway (`Pending`).
 * Buffers are reused as soon as their content is spent: the gradient of gate and up is written over them, the
   activation over its own gradient.
 * Where gate and up are not kept, the MLP runs over a few thousand tokens at a time, forward and backward: it is the
@@ -35,8 +36,8 @@ from torch import Tensor
 
 from affina.kernels.attention import AttentionResult, Segments, attention, attention_backward
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
-from affina.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward
+from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
+from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward_with_ranks
 from affina.models.families import DecoderSpec
 from affina.models.fast.linear import AdaptedLinear
 from affina.models.fast.policy import Keep
@@ -53,6 +54,28 @@ class RowContext:
     cos: Tensor
     sin: Tensor
     flat: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The residual stream between two layers, its last sum not yet made: x + update + low-rank part, [T, D].
+
+    The next norm makes it, so that it costs no pass of its own.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    lora: RowUpdate | None = None
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """[N, D] the sum at these positions."""
+        x = self.x.index_select(0, positions)
+        if self.update is None:
+            return x
+        lora = self.lora
+        if lora is not None:
+            lora = RowUpdate(lora.t.index_select(0, positions), lora.b, lora.scale)
+        return add_rows(x, self.update.index_select(0, positions), lora=lora, out=x)
 
 
 @dataclass(slots=True)
@@ -102,16 +125,19 @@ class DecoderLayer:
         """In the order of `FlatAdapter`."""
         return self.qkv, self.output, self.gate_up, self.down
 
-    def forward(self, x: Tensor, row: RowContext, keep: Keep | None) -> tuple[Tensor, Saved | None]:
-        """x [T, D] → (x₃ [T, D], what `keep` says; None keeps nothing, for evaluation). Leaves x as it is."""
-        saved = Saved(x)
+    def forward(self, before: Pending, row: RowContext, keep: Keep | None) -> tuple[Pending, Saved | None]:
+        """x → (x₃, what `keep` says; None keeps nothing, for evaluation). The update of `before` is used up."""
+        saved, h = self._input(before)
+        self._project(h, saved, row)
         self._attend(saved, row)
         h = self._add_attention(saved, row)
+        assert saved.x2 is not None
         if keep is not None and keep >= Keep.PRODUCTS:
-            x3, saved.gate_up, saved.t_gate_up, saved.t_down = self._mlp(h, saved, slice(None), row)
+            update, saved.gate_up, saved.t_gate_up, saved.t_down = self._mlp(h, row)
         else:
-            x3 = self._mlp_in_parts(h, saved, row)
-        return x3, None if keep is None else _kept(saved, keep)
+            update, saved.t_down = self._mlp_in_parts(h, row)
+        after = Pending(saved.x2, update, self._row_update(self.down, saved.t_down, row))
+        return after, None if keep is None else _kept(saved, keep)
 
     def new_gradient(self, num_tokens: int, like: Tensor) -> Tensor:
         """[T, D + R] uninitialised, for the gradient of x₃."""
@@ -150,17 +176,27 @@ class DecoderLayer:
 
     # Forward
 
+    def _input(self, before: Pending) -> tuple[Saved, Tensor]:
+        """(x, kept; h₁ [T, D])"""
+        epsilon = self.spec.norm_epsilon
+        if before.update is None:
+            saved = Saved(before.x)
+            h, saved.rstd1 = rms_norm(before.x, self.input_norm, epsilon)
+            return saved, h
+        x, h, rstd = add_rms_norm(
+            before.x, before.update, self.input_norm, epsilon, sum_out=before.update, lora=before.lora
+        )
+        return Saved(x, rstd1=rstd), h
+
+    def _project(self, h: Tensor, saved: Saved, row: RowContext) -> None:
+        """h₁ → q, k, v"""
+        saved.qkv, saved.t_qkv = self.qkv.forward(h, row.flat, is_wide=True, folds=self.folds)
+
     def _attend(self, saved: Saved, row: RowContext) -> None:
-        """x → h₁ → q, k, v → o"""
-        self._project(saved, row)
+        """q, k, v → o"""
         self._rotate(saved, row)
         q, k, v = self._heads(saved)
         saved.attended = attention(q, k, v, row.segments, scale=self.spec.attention_scale, window=self.window)
-
-    def _project(self, saved: Saved, row: RowContext) -> None:
-        """x → h₁ → q, k, v"""
-        h, saved.rstd1 = rms_norm(saved.x, self.input_norm, self.spec.norm_epsilon)
-        saved.qkv, saved.t_qkv = self.qkv.forward(h, row.flat, is_wide=True, folds=self.folds)
 
     def _rotate(self, saved: Saved, row: RowContext) -> None:
         assert saved.qkv is not None
@@ -185,45 +221,45 @@ class DecoderLayer:
     def _add_attention(self, saved: Saved, row: RowContext) -> Tensor:
         """o → x₂ → h₂ [T, D]"""
         assert saved.attended is not None
-        update, saved.t_o = self.output.forward(saved.attended.output.flatten(1), row.flat)
-        saved.x2, h, saved.rstd2 = add_rms_norm(saved.x, update, self.mlp_norm, self.spec.norm_epsilon, sum_out=update)
+        heads = saved.attended.output.flatten(1)
+        update, saved.t_o = self.output.forward(heads, row.flat, folds=self.folds)
+        lora = self._row_update(self.output, saved.t_o, row)
+        saved.x2, h, saved.rstd2 = add_rms_norm(
+            saved.x, update, self.mlp_norm, self.spec.norm_epsilon, sum_out=update, lora=lora
+        )
         return h
 
-    def _mlp(
-        self, h: Tensor, saved: Saved, part: slice, row: RowContext
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """h₂ of some tokens → (x₃, wide gate and up, their t, t of the down projection)"""
-        assert saved.x2 is not None
+    def _mlp(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """h₂ of some tokens → (what is added to x₂, wide gate and up, their t, t of the down projection)"""
         gate_up, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
         activation = swiglu(gate_up[:, : self.gate_up.num_outputs], lora=self._gate_up_update(t, row))
-        x3, t_down = self.down.forward(activation, row.flat)
-        x3 += saved.x2[part]
-        return x3, gate_up, t, t_down
+        update, t_down = self.down.forward(activation, row.flat, folds=self.folds)
+        return update, gate_up, t, t_down
 
-    def _mlp_in_parts(self, h: Tensor, saved: Saved, row: RowContext) -> Tensor:
-        """h₂ → x₃, keeping only t of the down projection."""
-        results = []
+    def _mlp_in_parts(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor | None]:
+        """h₂ → (what is added to x₂, t of the down projection)"""
+        if h.shape[0] <= MLP_CHUNK_TOKENS:
+            update, _, _, t_down = self._mlp(h, row)
+            return update, t_down
+        update = torch.empty_like(h)
+        ts = []
         for part in _parts(h.shape[0]):
-            x3, _, _, t_down = self._mlp(h[part], saved, part, row)
-            results.append((x3, t_down))
-        if len(results) == 1:
-            x3, saved.t_down = results[0]
-            return x3
-        ts = [t for _, t in results if t is not None]
-        saved.t_down = torch.cat(ts) if ts else None
-        return torch.cat([x3 for x3, _ in results])
+            update[part], _, _, t = self._mlp(h[part], row)
+            ts.append(t)
+        return update, torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
 
     # Backward
 
     def _complete_attention(self, saved: Saved, row: RowContext) -> None:
         """Compute again what was not kept, up to x₂."""
+        if saved.qkv is None:
+            h, saved.rstd1 = rms_norm(saved.x, self.input_norm, self.spec.norm_epsilon)
+            self._project(h, saved, row)
+            del h
         if saved.attended is None:
             self._attend(saved, row)
             self._add_attention(saved, row)
-            return
-        if saved.qkv is None:
-            self._project(saved, row)
-        if saved.q is None:
+        elif saved.q is None:
             self._rotate(saved, row)
 
     def _mlp_backward(self, grad: Tensor, saved: Saved, row: RowContext, gradient: Tensor) -> Tensor:
@@ -249,17 +285,21 @@ class DecoderLayer:
         assert rstd2 is not None
         accumulates = part.start not in (None, 0)
         t_down = saved.t_down[part] if saved.t_down is not None else None
-        u = self.down.rank_gradient(grad, t_down, row.flat, gradient, accumulates=accumulates)
+        u_down = self.down.rank_gradient(grad, t_down, row.flat, gradient, accumulates=accumulates)
         grad_activation = self.down.input_gradient(grad, row.flat)
         gate_up = wide[:, : self.gate_up.num_outputs]
-        swiglu_backward(
+        b_gate, b_up = self.gate_up.factors(gradient)
+        swiglu_backward_with_ranks(
             grad_activation,
             gate_up,
-            out=gate_up,
-            activation_out=grad_activation,
             lora=self._gate_up_update(t, row),
+            u_down=u_down,
+            grad_b_gate=b_gate if self.folds else None,
+            grad_b_up=b_up if self.folds else None,
+            grad_a_down=self.down.a(gradient),
+            accumulates=accumulates,
+            out=gate_up,
         )
-        self.down.a_gradient(u, grad_activation, gradient, accumulates=accumulates)  # the activation itself by now
         del grad_activation
         self._through_norm(
             self.gate_up,
@@ -273,6 +313,7 @@ class DecoderLayer:
             grad_residual=grad[:, : self.spec.hidden_size],
             out=out,
             accumulates=accumulates,
+            has_b_gradient=self.folds,
         )
 
     def _attention_backward(self, grad2: Tensor, saved: Saved, row: RowContext, gradient: Tensor) -> Tensor:
@@ -313,9 +354,11 @@ class DecoderLayer:
         grad_residual: Tensor,
         out: Tensor,
         accumulates: bool = False,
+        has_b_gradient: bool = False,
     ) -> None:
         """The gradient of x, into `out`, from that of `linear(norm(x))` and that of the residual beside it."""
-        u = linear.rank_gradient(wide, t, row.flat, gradient, accumulates=accumulates)
+        target = None if has_b_gradient else gradient
+        u = linear.rank_gradient(wide, t, row.flat, target, accumulates=accumulates)
         grad_h = linear.input_gradient(wide, row.flat)
         self._normed_a_gradient(linear, u, x, rstd, weight, gradient, accumulates=accumulates)
         rms_norm_backward(grad_h, x, weight, rstd, grad_residual=grad_residual, out=out)
@@ -348,6 +391,13 @@ class DecoderLayer:
             return None
         b_gate, b_up = self.gate_up.factors(row.flat)
         return GateUpUpdate(t, b_gate, b_up, *self.gate_up.scales)
+
+    def _row_update(self, linear: AdaptedLinear, t: Tensor | None, row: RowContext) -> RowUpdate | None:
+        if not self.folds or t is None:
+            return None
+        (b,) = linear.factors(row.flat)
+        assert b is not None
+        return RowUpdate(t, b, linear.scales[0])
 
     def _rope_options(self) -> RopeOptions:
         return {

@@ -88,6 +88,10 @@ class AdaptedLinear:
             y += self.bias
         return wide, t
 
+    def a(self, flat: Tensor) -> Tensor | None:
+        """A [R, K] of all projections, None where none has an adapter."""
+        return None if self.slices is None else self.slices.a(flat)
+
     def factors(self, flat: Tensor) -> list[Tensor | None]:
         """B [N_i, R_i] of every projection, None where it has no adapter."""
         if self.slices is None:
@@ -102,9 +106,9 @@ class AdaptedLinear:
         return [pair.scale if pair is not None else 1.0 for pair in self.slices.pairs]
 
     def rank_gradient(
-        self, wide: Tensor, t: Tensor | None, flat: Tensor, gradient: Tensor, *, accumulates: bool = False
+        self, wide: Tensor, t: Tensor | None, flat: Tensor, gradient: Tensor | None, *, accumulates: bool = False
     ) -> Tensor | None:
-        """u [M, R], the gradient of t; ∂B goes into `gradient`, or is added to what is there.
+        """u [M, R], the gradient of t; ∂B goes into `gradient`, or is added to it; None: it is known already.
 
         wide: [M, N + R] with the gradient of y in its first N columns; u is written into the others
         """
@@ -115,7 +119,8 @@ class AdaptedLinear:
         for pair, columns in self._pairs():
             g = wide[:, columns]
             torch.mm(g, pair.b(flat), out=u[:, pair.ranks])
-            product_into(g.t(), t[:, pair.ranks], pair.b(gradient), pair.scale, accumulates=accumulates)
+            if gradient is not None:
+                product_into(g.t(), t[:, pair.ranks], pair.b(gradient), pair.scale, accumulates=accumulates)
             if pair.scale != 1.0:
                 u[:, pair.ranks] *= pair.scale
         return u
