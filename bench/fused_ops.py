@@ -1,220 +1,348 @@
-"""Parity and speed of rms_norm, swiglu, qk_rope on this machine's GPU; sweeps tiles. One call, about two minutes.
+"""Errors and speed of rms_norm, swiglu and qk_rope on this machine's GPU, over a few tiles each.
 
-Run in the repository root:  PYTHONPATH=src python bench_fused_ops.py   (SMALL=1 on a CPU under the interpreter)
+    PYTHONPATH=src python bench/fused_ops.py [--only NAME ...]
+
+NAME: parity, rms_norm, swiglu, swiglu_ranks, qk_rope. Shapes are those of Qwen3-4B with 16,384 tokens, in bfloat16.
+Bytes are those that the operation cannot avoid: each operand and result once. Times are medians with a cold L2 cache.
 """
 
-import os
+from __future__ import annotations
+
+import argparse
 import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward
+from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward, swiglu_backward_with_ranks
 
-SMALL = bool(os.environ.get("SMALL"))
-DEVICE = "cpu" if SMALL else "cuda"
-torch.manual_seed(0)
-
-
-def rand(*shape, dtype=torch.bfloat16, factor=1.0):
-    return (torch.randn(*shape, device=DEVICE) * factor).to(dtype)
+TOKENS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 16384, 2560, 9728, 32, 8, 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def double(x):
-    if isinstance(x, torch.Tensor):
-        return x.double()
-    if isinstance(x, GateUpUpdate):
-        return GateUpUpdate(double(x.t), double(x.b_gate), double(x.b_up), x.scale_gate, x.scale_up)
-    if isinstance(x, QkvUpdate):
-        return QkvUpdate(double(x.t), double(x.b_q), double(x.b_k), double(x.b_v), *x.scales)
-    return x
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, factor: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * factor).to(dtype)
 
 
-def compare(name, function, *args, **kwargs):
-    """Largest error against float64, in units of the result's norm; float64 takes the reference path."""
-    found = function(*args, **kwargs)
-    exact = function(*(double(a) for a in args), **{k: double(v) for k, v in kwargs.items()})
-    found = found if isinstance(found, tuple) else (found,)
-    exact = exact if isinstance(exact, tuple) else (exact,)
-    errors = [float((f.double() - e).norm() / e.norm().clamp(min=1e-30)) for f, e in zip(found, exact, strict=True)]
-    worst = [float(((f.double() - e).abs() / (e.abs() + 1e-2)).max()) for f, e in zip(found, exact, strict=True)]
-    print(f"{name:60s} rel {[f'{e:.1e}' for e in errors]} worst {[f'{e:.1e}' for e in worst]}", flush=True)
+# Errors
+# --------------------------------------------------------------------------------------------------------------
 
 
-def qkv_case(T, H, G, K, dtype, R, norm):
-    qkv = rand(T, (H + 2 * G) * K, dtype=dtype)
-    angle = torch.rand(T, K // 2, device=DEVICE) * 6.28
-    w = [1 + rand(K, dtype=dtype, factor=0.2) if norm else None for _ in range(2)]
-    lora = None
-    if R:
-        b = [rand(n * K, R, dtype=dtype, factor=R**-0.5) for n in (H, G, G)]
-        lora = QkvUpdate(rand(T, 3 * R, dtype=dtype), *b, 2.0, 1.3, 0.7)
-    kw = dict(num_heads=H, num_kv_heads=G, q_weight=w[0], k_weight=w[1], epsilon=1e-6, lora=lora)
-    return (qkv, angle.cos(), angle.sin()), kw
+def parity() -> None:
+    """Errors against float64, which takes the reference path; results written over operands are the same bits."""
+    for dtype in DTYPES:
+        for rows, width in ((37, 896), (65, 2560)):
+            _rms_norm_errors(rows, width, dtype)
+        for rows, width, rank in ((37, 3000, 0), (130, 9728, 16), (65, 1000, 64), (65, 1000, 200)):
+            _swiglu_errors(rows, width, rank, dtype)
+        for heads, kv_heads, head_dim, rank, has_norm in ((14, 2, 64, 8, False), (32, 8, 128, 16, True)):
+            _qk_rope_errors(heads, kv_heads, head_dim, rank, has_norm, dtype)
 
 
-def parity():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype)[6:]
-        for M, D in ((1, 64), (37, 896), (65, 2560), (130, 4096), (9, 16384)):
-            x, u, g, w = rand(M, D, dtype=dtype), rand(M, D, dtype=dtype), rand(M, D, dtype=dtype), rand(D, dtype=dtype)
-            compare(f"rms_norm {name} {M}x{D}", rms_norm, x, w, 1e-6)
-            r = rms_norm(x, w, 1e-6)[1]
-            s = add_rms_norm(x, u, w, 1e-6)[0]
-            assert SMALL or torch.equal(s, x + u), "the sum is not x + u bit for bit"
-            compare(f"rms_norm_backward {name} {M}x{D}", rms_norm_backward, g, x, w, r, grad_residual=u)
-            wanted = rms_norm_backward(g, x, w, r, grad_residual=u)
-            for over in (0, 1, 2):
-                a = [t.clone() for t in (g, x, u)]
-                assert torch.equal(rms_norm_backward(a[0], a[1], w, r, grad_residual=a[2], out=a[over]), wanted)
-            ws, wy, _ = add_rms_norm(x, u, w, 1e-6)
-            a = [x.clone(), u.clone()]
-            fs, fy, _ = add_rms_norm(a[0], a[1], w, 1e-6, sum_out=a[0], out=a[1])
-            assert torch.equal(fs, ws) and torch.equal(fy, wy), "in place differs"
-        for M, I, R in (
-            (1, 64, 0),
-            (37, 3000, 0),
-            (130, 9728, 0),
-            (37, 3000, 8),
-            (130, 9728, 16),
-            (65, 1000, 64),
-            (65, 1000, 200),
-        ):
-            gu, g = rand(M, 2 * I, dtype=dtype), rand(M, I, dtype=dtype)
-            lora = (
-                GateUpUpdate(
-                    rand(M, 2 * R, dtype=dtype),
-                    rand(I, R, dtype=dtype, factor=R**-0.5),
-                    rand(I, R, dtype=dtype, factor=R**-0.5),
-                    2.0,
-                    0.7,
-                )
-                if R
-                else None
-            )
-            compare(f"swiglu {name} {M}x{I} R={R}", swiglu, gu, lora=lora)
-            compare(f"swiglu_backward {name} {M}x{I} R={R}", swiglu_backward, g, gu, lora=lora)
-            wanted, act = swiglu_backward(g, gu, lora=lora), swiglu(gu, lora=lora)
-            a, b = gu.clone(), g.clone()
-            swiglu_backward(b, a, out=a, activation_out=b, lora=lora)
-            assert torch.equal(a, wanted) and torch.equal(b, act), "in place differs"
-        for T, H, G, K, R, norm in (
-            (1, 1, 1, 64, 0, True),
-            (37, 14, 2, 64, 8, False),
-            (37, 32, 8, 128, 0, True),
-            (67, 32, 8, 128, 16, True),
-            (67, 5, 3, 80, 16, True),
-            (67, 5, 3, 96, 0, True),
-            (20, 4, 2, 256, 64, True),
-            (20, 4, 2, 128, 200, True),
-        ):
-            args, kw = qkv_case(T, H, G, K, dtype, R, norm)
-            compare(f"qk_rope {name} T={T} H={H} G={G} K={K} R={R} norm={norm}", qk_rope, *args, **kw)
-            grads = [rand(n, T, K, dtype=dtype).transpose(0, 1) for n in (H, G, G)]
-            compare(f"qk_rope_backward {name} K={K} R={R}", qk_rope_backward, *grads, *args, **kw)
-            wanted = qk_rope_backward(*grads, *args, **kw)
-            over = args[0].clone()
-            assert torch.equal(qk_rope_backward(*grads, over, *args[1:], **kw, out=over), wanted), "in place differs"
+def compare(name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+    """Prints the largest error against float64 of each result: of its norm, and of an element."""
+    found = function(*arguments, **keywords)
+    exact = function(*(double(a) for a in arguments), **{name: double(value) for name, value in keywords.items()})
+    errors = []
+    for f, e in zip(results(found), results(exact), strict=True):
+        difference = (f.double() - e).abs()
+        errors.append(f"{difference.norm() / e.norm():.1e} / {(difference / (e.abs() + 1e-2)).max():.1e}")
+    print(f"{name:56s} norm / element {', '.join(errors)}", flush=True)
 
 
-def timed(name, function, num_bytes):
-    if SMALL:
-        function()
-        return
+def results(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, GateUpUpdate):
+        factors = (double(value.t), double(value.b_gate), double(value.b_up))
+        return GateUpUpdate(*factors, value.scale_gate, value.scale_up)
+    if isinstance(value, QkvUpdate):
+        return QkvUpdate(double(value.t), double(value.b_q), double(value.b_k), double(value.b_v), *value.scales)
+    return value
+
+
+def _rms_norm_errors(rows: int, width: int, dtype: torch.dtype) -> None:
+    name = f"{dtype} {rows}x{width}"
+    x, residual, gradient = (rand(rows, width, dtype=dtype) for _ in range(3))
+    weight = rand(width, dtype=dtype)
+    rstd = rms_norm(x, weight, 1e-6)[1]
+    compare(f"rms_norm {name}", rms_norm, x, weight, 1e-6)
+    compare(f"rms_norm_backward {name}", rms_norm_backward, gradient, x, weight, rstd, grad_residual=residual)
+    assert torch.equal(add_rms_norm(x, residual, weight, 1e-6)[0], x + residual), "the sum is not x + residual"
+    wanted = rms_norm_backward(gradient, x, weight, rstd, grad_residual=residual)
+    over = residual.clone()
+    assert torch.equal(rms_norm_backward(gradient, x, weight, rstd, grad_residual=over, out=over), wanted)
+
+
+def _swiglu_errors(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:
+    name = f"{dtype} {rows}x{width} rank {rank}"
+    gate_up, gradient = rand(rows, 2 * width, dtype=dtype), rand(rows, width, dtype=dtype)
+    lora = gate_up_update(rows, width, rank, dtype) if rank else None
+    compare(f"swiglu {name}", swiglu, gate_up, lora=lora)
+    compare(f"swiglu_backward {name}", swiglu_backward, gradient, gate_up, lora=lora)
+    wanted, activation = swiglu_backward(gradient, gate_up, lora=lora), swiglu(gate_up, lora=lora)
+    over, over_gradient = gate_up.clone(), gradient.clone()
+    swiglu_backward(over_gradient, over, out=over, activation_out=over_gradient, lora=lora)
+    assert torch.equal(over, wanted), "in place differs"
+    assert torch.equal(over_gradient, activation), "in place differs"
+    if rank:
+        _rank_errors(name, gradient, gate_up, lora, rank)
+
+
+def _rank_errors(name: str, gradient: Tensor, gate_up: Tensor, lora: GateUpUpdate | None, rank: int) -> None:
+    """Of the gradients of factors; they are products of rounded numbers, which the float64 reference does not round."""
+
+    def with_ranks(
+        gradient: Tensor, gate_up: Tensor, *, lora: GateUpUpdate, u_down: Tensor, over: bool = False
+    ) -> tuple[Tensor, ...]:
+        outputs = rank_outputs(gradient.shape[1], rank, torch.promote_types(gradient.dtype, torch.float32))
+        out = gate_up if over else None
+        found = swiglu_backward_with_ranks(gradient.clone(), gate_up, lora=lora, u_down=u_down, **outputs, out=out)
+        return found, *outputs.values()
+
+    u_down = rand(gradient.shape[0], rank, dtype=gradient.dtype)
+    compare(f"with ranks {name}", with_ranks, gradient, gate_up, lora=lora, u_down=u_down)
+    assert lora is not None
+    wanted = with_ranks(gradient, gate_up, lora=lora, u_down=u_down)
+    found = with_ranks(gradient, gate_up.clone(), lora=lora, u_down=u_down, over=True)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), "in place or the second time differs"
+
+
+def _qk_rope_errors(heads: int, kv_heads: int, head_dim: int, rank: int, has_norm: bool, dtype: torch.dtype) -> None:
+    name = f"{dtype} {heads}/{kv_heads} heads of {head_dim} rank {rank}{' normed' if has_norm else ''}"
+    arguments, keywords = qkv_case(37, heads, kv_heads, head_dim, rank, has_norm, dtype)
+    gradients = [rand(n, 37, head_dim, dtype=dtype).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
+    compare(f"qk_rope {name}", qk_rope, *arguments, **keywords)
+    compare(f"qk_rope_backward {name}", qk_rope_backward, *gradients, *arguments, **keywords)
+    wanted = qk_rope_backward(*gradients, *arguments, **keywords)
+    over = arguments[0].clone()
+    assert torch.equal(qk_rope_backward(*gradients, over, *arguments[1:], **keywords, out=over), wanted)
+
+
+# Speed
+# --------------------------------------------------------------------------------------------------------------
+
+
+def timed(name: str, function: Callable[[], Any], num_bytes: int) -> None:
+    """Prints the microseconds of a call, the effective bandwidth and the seconds of the first call (compilation)."""
     from triton.testing import do_bench
 
     start = time.perf_counter()
     function()
     torch.cuda.synchronize()
     first = time.perf_counter() - start
-    ms = do_bench(function, warmup=5, rep=30, return_mode="median")
-    print(f"{name:76s} {ms * 1e3:8.1f} us {num_bytes / ms / 1e9:6.2f} TB/s  first call {first:.1f} s", flush=True)
+    milliseconds = do_bench(function, warmup=5, rep=30, return_mode="median")
+    print(
+        f"{name:72s} {milliseconds * 1e3:8.1f} us {num_bytes / milliseconds / 1e9:6.2f} TB/s  first {first:4.1f} s",
+        flush=True,
+    )
 
 
-def speed():
-    from affina.kernels.triton import qk_rope as kq
-    from affina.kernels.triton import rms_norm as kr
-    from affina.kernels.triton import swiglu as ks
+@contextmanager
+def replaced(table: MutableMapping[Any, Any], key: Any, value: Any) -> Iterator[None]:
+    before = table[key]
+    table[key] = value
+    try:
+        yield
+    finally:
+        table[key] = before
 
-    M, D, I, H, G, K = (16384, 2560, 9728, 32, 8, 128) if not SMALL else (40, 64, 70, 5, 2, 16)
-    x, u, g = rand(M, D), rand(M, D), rand(M, D)
-    w = rand(D)
-    y, r = rms_norm(x, w, 1e-6)
-    timed("copy of M x D (ceiling)", lambda: y.copy_(x), 4 * M * D)
-    plain_tile = kr._tile
-    for warps in (4, 8, 16):
-        kr._tile = lambda width, warps=warps: (*plain_tile(width)[:2], warps)
-        timed(f"rms_norm warps {warps}", lambda: rms_norm(x, w, 1e-6, out=y), 4 * M * D)
-        timed(f"add_rms_norm in place, warps {warps}", lambda: add_rms_norm(x, u, w, 1e-6, sum_out=x, out=y), 8 * M * D)
-        timed(
-            f"rms_norm_backward + residual in place, warps {warps}",
-            lambda: rms_norm_backward(g, x, w, r, grad_residual=u, out=u),
-            8 * M * D,
-        )
-    kr._tile = plain_tile
-    del x, u, g, y
 
-    gu, go = rand(M, 2 * I), rand(M, I)
-    out, act, grad = torch.empty_like(go), torch.empty_like(go), torch.empty_like(gu)
-    for elements, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8)):
-        ks._PLAIN_TILE_ELEMENTS, ks._NUM_WARPS = elements, warps
-        timed(f"swiglu {elements} elements, {warps} warps", lambda: swiglu(gu, out=out), 6 * M * I)
-        timed(
-            f"swiglu_backward + activation {elements} elements, {warps} warps",
-            lambda: swiglu_backward(go, gu, out=grad, activation_out=act),
-            12 * M * I,
-        )
-    ks._PLAIN_TILE_ELEMENTS = 1024
-    for R in (16, 64):
-        lora = GateUpUpdate(rand(M, 2 * R), rand(I, R, factor=0.2), rand(I, R, factor=0.2), 2.0, 2.0)
-        for tile, warps in (
-            ((32, 64), 4),
-            ((64, 64), 4),
-            ((64, 64), 8),
-            ((32, 128), 4),
-            ((64, 128), 8),
-            ((128, 64), 8),
-        ):
-            ks._UPDATE_TILE, ks._NUM_WARPS = tile, warps
-            timed(f"swiglu R={R} tile {tile}, {warps} warps", lambda: swiglu(gu, out=out, lora=lora), 6 * M * I)
-            timed(
-                f"swiglu_backward + activation R={R} tile {tile}, {warps} warps",
-                lambda: swiglu_backward(go, gu, out=grad, activation_out=act, lora=lora),
-                12 * M * I,
-            )
-        ks._UPDATE_TILE, ks._NUM_WARPS = (64, 64), 4
-    del gu, go, out, act, grad
+def speed_rms_norm() -> None:
+    x, residual, gradient, weight = (*(rand(TOKENS, HIDDEN) for _ in range(3)), rand(HIDDEN))
+    y, rstd = rms_norm(x, weight, 1e-6)
+    size = 2 * TOKENS * HIDDEN
+    timed("copy (ceiling)", lambda: y.copy_(x), 2 * size)
+    timed("rms_norm", lambda: rms_norm(x, weight, 1e-6, out=y), 2 * size)
+    timed("add_rms_norm", lambda: add_rms_norm(x, residual, weight, 1e-6, sum_out=x, out=y), 4 * size)
+    timed(
+        "rms_norm_backward and residual",
+        lambda: rms_norm_backward(gradient, x, weight, rstd, grad_residual=residual, out=residual),
+        4 * size,
+    )
 
-    for norm in (True, False):
-        for R in (0, 16, 64) if norm else (0, 16):
-            args, kw = qkv_case(M, H, G, K, torch.bfloat16, R, norm)
-            grads = [rand(M, n, K) for n in (H, G, G)]
-            forward_bytes = 4 * M * K * (H + G + (G if R else 0))
-            backward_bytes = 4 * M * K * (H + 2 * G) + (2 * M * K * (H + G) if norm else 0)
-            for elements, warps, per in (
-                (1024, 4, 4),
-                (1024, 4, 8),
-                (1024, 4, 2),
-                (2048, 4, 4),
-                (2048, 8, 4),
-                (2048, 4, 8),
-                (4096, 8, 4),
-            ):
-                kq._PLAIN_TILE_ELEMENTS = kq._UPDATE_TILE_ELEMENTS = elements
-                kq._NUM_WARPS, kq._HEADS_PER_PROGRAM = warps, per
-                label = f"norm={norm} R={R} {elements} elements, {warps} warps, {per} heads"
-                timed(f"qk_rope {label}", lambda: qk_rope(*args, **kw), forward_bytes)
-                timed(
-                    f"qk_rope_backward in place {label}",
-                    lambda: qk_rope_backward(*grads, *args, **kw, out=args[0]),
-                    backward_bytes,
-                )
+
+def speed_swiglu() -> None:
+    """Forward, and backward with the activation written again; `Tile(rows, columns, warps, stages, programs)`."""
+    from affina.kernels.triton.swiglu_low_rank import TILES, Tile
+
+    gate_up, gradient = rand(TOKENS, 2 * INTERMEDIATE), rand(TOKENS, INTERMEDIATE)
+    out, activation, grad_gate_up = torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gate_up)
+    size = 2 * TOKENS * INTERMEDIATE
+    timed("copy of gate and up (ceiling)", lambda: grad_gate_up.copy_(gate_up), 4 * size)
+    tiles = {
+        "forward": (Tile(32, 64, 4, 3, 8), Tile(32, 64, 4, 4, 6), Tile(32, 128, 4, 3, 4), Tile(64, 64, 4, 3, 3)),
+        "backward": (Tile(32, 64, 4, 3, 6), Tile(32, 64, 4, 4, 4), Tile(32, 128, 8, 3, 3), Tile(64, 64, 4, 3, 3)),
+    }
+    for rank in (0, 16, 64):
+        lora = gate_up_update(TOKENS, INTERMEDIATE, rank) if rank else None
+
+        def forward(lora: GateUpUpdate | None = lora) -> None:
+            swiglu(gate_up, out=out, lora=lora)
+
+        def backward(lora: GateUpUpdate | None = lora) -> None:
+            swiglu_backward(gradient, gate_up, out=grad_gate_up, activation_out=activation, lora=lora)
+
+        for kernel, function, num_bytes in (("forward", forward, 3 * size), ("backward", backward, 6 * size)):
+            if rank == 0:
+                timed(f"swiglu {kernel}, no update", function, num_bytes)
+            for tile in {0: (), 16: tiles[kernel], 64: (TILES[kernel, 64],)}[rank]:
+                with replaced(TILES, (kernel, rank), tile):
+                    timed(f"swiglu {kernel}, rank {rank}, {brief(tile)}", function, num_bytes)
+
+
+def speed_swiglu_ranks() -> None:
+    """The backward pass with the gradients of all factors: in one kernel, and as separate products."""
+    from affina.kernels.triton.swiglu_low_rank import TILES, Tile
+
+    tiles = {
+        16: (
+            Tile(32, 64, 4, 3, 4, max_registers=128),
+            Tile(32, 64, 4, 2, 4, max_registers=128),
+            Tile(32, 64, 4, 4, 4, max_registers=128),
+            Tile(32, 128, 8, 3, 2, max_registers=128),
+            Tile(16, 64, 4, 4, 5),
+            Tile(64, 64, 4, 2, 2),
+            Tile(64, 64, 4, 3, 3, max_registers=168),
+        ),
+        64: (
+            Tile(32, 64, 4, 3, 2),
+            Tile(32, 64, 4, 2, 2),
+            Tile(16, 64, 4, 3, 3, max_registers=168),
+            Tile(32, 64, 4, 3, 3, max_registers=168),
+            Tile(32, 128, 8, 2, 1),
+            Tile(64, 64, 8, 2, 1),
+        ),
+    }
+    gate_up, gradient = rand(TOKENS, 2 * INTERMEDIATE), rand(TOKENS, INTERMEDIATE)
+    grad_gate_up, activation = torch.empty_like(gate_up), torch.empty_like(gradient)
+    num_bytes = 2 * TOKENS * INTERMEDIATE * 5
+    for rank in (16, 64):
+        lora, u_down = gate_up_update(TOKENS, INTERMEDIATE, rank), rand(TOKENS, rank)
+        found, wanted = rank_outputs(INTERMEDIATE, rank), rank_outputs(INTERMEDIATE, rank)
+
+        def separate(lora: GateUpUpdate = lora, u_down: Tensor = u_down, outputs: dict[str, Tensor] = wanted) -> None:
+            swiglu_backward(gradient, gate_up, out=grad_gate_up, activation_out=activation, lora=lora)
+            t_gate, t_up = lora.t.split(lora.ranks, dim=1)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+            torch.mm(grad_gate.t(), t_gate, out_dtype=torch.float32, out=outputs["grad_b_gate"]).mul_(lora.scale_gate)
+            torch.mm(grad_up.t(), t_up, out_dtype=torch.float32, out=outputs["grad_b_up"]).mul_(lora.scale_up)
+            torch.mm(u_down.t(), activation, out_dtype=torch.float32, out=outputs["grad_a_down"])
+
+        def folded(lora: GateUpUpdate = lora, u_down: Tensor = u_down, outputs: dict[str, Tensor] = found) -> None:
+            swiglu_backward_with_ranks(gradient, gate_up, lora=lora, u_down=u_down, **outputs, out=grad_gate_up)
+
+        timed(f"backward and separate products, rank {rank}", separate, num_bytes)
+        for tile in tiles[rank]:
+            with replaced(TILES, ("gradients", rank), tile):
+                timed(f"backward with ranks, rank {rank}, {brief(tile)}", folded, num_bytes)
+            errors = [float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted]
+            assert max(errors) < 1e-4, f"the factors' gradients differ from the products by {errors}"
+
+
+def speed_qk_rope() -> None:
+    from affina.kernels.triton.qk_rope import TILES, Tile
+
+    for rank, has_norm in ((0, True), (16, True), (16, False)):
+        arguments, keywords = qkv_case(TOKENS, HEADS, KV_HEADS, HEAD_DIM, rank, has_norm)
+        gradients = [rand(TOKENS, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+        size = 2 * TOKENS * HEAD_DIM
+        num_heads = HEADS + KV_HEADS
+        forward_bytes = 2 * size * (num_heads + (KV_HEADS if rank else 0))
+        backward_bytes = 2 * size * (num_heads + KV_HEADS) + (size * num_heads if has_norm else 0)
+        kind = "update" if rank else "plain"
+        for tile in (Tile(1024, 4, 4, 3 if rank else 1), Tile(1024, 8, 4, 3 if rank else 1), Tile(2048, 4, 4, 1)):
+            label = f"rank {rank}{', normed' if has_norm else ''}, {tile.elements} elements, {tile.heads} heads"
+
+            def forward(arguments: Any = arguments, keywords: Any = keywords) -> None:
+                qk_rope(*arguments, **keywords)
+
+            def backward(arguments: Any = arguments, keywords: Any = keywords, gradients: Any = gradients) -> None:
+                qk_rope_backward(*gradients, *arguments, **keywords, out=arguments[0])
+
+            with replaced(TILES, ("forward", kind), tile), replaced(TILES, ("backward", kind), tile):
+                timed(f"qk_rope {label}", forward, forward_bytes)
+                timed(f"qk_rope_backward {label}", backward, backward_bytes)
+
+
+# Operands
+# --------------------------------------------------------------------------------------------------------------
+
+
+def gate_up_update(rows: int, width: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> GateUpUpdate:
+    b_gate, b_up = (rand(width, rank, dtype=dtype, factor=rank**-0.5) for _ in range(2))
+    return GateUpUpdate(rand(rows, 2 * rank, dtype=dtype), b_gate, b_up, 2.0, 0.7)
+
+
+def rank_outputs(width: int, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"grad_b_gate": (width, rank), "grad_b_up": (width, rank), "grad_a_down": (rank, width)}
+    return {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
+
+
+def qkv_case(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rank: int,
+    has_norm: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    qkv = rand(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    angle = torch.rand(tokens, head_dim // 2, device="cuda") * 6.28
+    lora = None
+    if rank:
+        factors = [rand(n * head_dim, rank, dtype=dtype, factor=rank**-0.5) for n in (heads, kv_heads, kv_heads)]
+        lora = QkvUpdate(rand(tokens, 3 * rank, dtype=dtype), *factors, 2.0, 1.3, 0.7)
+    q_weight, k_weight = (1 + rand(head_dim, dtype=dtype, factor=0.2) if has_norm else None for _ in range(2))
+    keywords = {
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+        "epsilon": 1e-6,
+        "lora": lora,
+    }
+    return (qkv, angle.cos(), angle.sin()), keywords
+
+
+def brief(tile: Any) -> str:
+    registers = f", {tile.max_registers} registers" if tile.max_registers else ""
+    return (
+        f"{tile.rows}x{tile.columns}, {tile.num_warps} warps, {tile.num_stages} stages, {tile.programs}/SM{registers}"
+    )
+
+
+SECTIONS: dict[str, Callable[[], None]] = {
+    "parity": parity,
+    "rms_norm": speed_rms_norm,
+    "swiglu": speed_swiglu,
+    "swiglu_ranks": speed_swiglu_ranks,
+    "qk_rope": speed_qk_rope,
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS, action="append", metavar="NAME", help="a part; may be repeated")
+    chosen = parser.parse_args().only or list(SECTIONS)
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for name in chosen:
+        start = time.perf_counter()
+        SECTIONS[name]()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        if not SMALL:
-            print(torch.cuda.get_device_name(), torch.__version__)
-        parity()
-        speed()
+    main()

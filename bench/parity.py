@@ -27,7 +27,7 @@ from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine, detach_fast_engine, fast_engine_of
 from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
-from affina.models.weights import Nf4Options, quantize_linears
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options, quantize_linears
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 5003,
@@ -77,7 +77,10 @@ def gradient_of(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
     return float(loss.detach()) / count, torch.cat([g.double().flatten() for g in gradients])
 
 
-def model_of(config: PretrainedConfig, dtype: torch.dtype, *, nf4: bool) -> Any:
+WEIGHTS = {"dense": None, "nf4": Nf4Options(), "int8": Int8Options(), "fp8": Fp8Options()}
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype, *, weights: str) -> Any:
     """A random model whose 16-bit weights are the same in every type of computation."""
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -88,8 +91,9 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype, *, nf4: bool) -> Any:
         else:
             torch.nn.init.normal_(parameter, 0.0, 0.03)
     base.to(torch.bfloat16).float().eval().requires_grad_(False)
-    if nf4:
-        quantize_linears(base, Nf4Options(), exclude=[base.get_output_embeddings()])
+    options = WEIGHTS[weights]
+    if options is not None:
+        quantize_linears(base, options, exclude=[base.get_output_embeddings()])
     model = attach_adapter(base.to(dtype), rank=16, alpha=32.0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -103,8 +107,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def compare(name: str, config: PretrainedConfig, dtype: torch.dtype, *, nf4: bool) -> list[dict[str, Any]]:
-    exact, rounded = model_of(config, torch.float32, nf4=nf4), model_of(config, dtype, nf4=nf4)
+def compare(name: str, config: PretrainedConfig, dtype: torch.dtype, *, weights: str) -> list[dict[str, Any]]:
+    exact, rounded = model_of(config, torch.float32, weights=weights), model_of(config, dtype, weights=weights)
     records = []
     for layout, lengths in LAYOUTS.items():
         batch = batch_of(lengths)
@@ -121,13 +125,14 @@ def compare(name: str, config: PretrainedConfig, dtype: torch.dtype, *, nf4: boo
             engine.set_policy(SavePolicy.uniform(engine.decoder.spec.num_layers, keep))
             kept[keep.name.lower()] = relative(gradient_of(rounded, batch)[1], fast)
         engine.set_policy(SavePolicy.uniform(engine.decoder.spec.num_layers, Keep.ALL))
-        engine.enable_graphs(lambda message: print(f"  note: {message}"))
+        if dtype != torch.float32:
+            engine.enable_graphs(lambda message: print(f"  note: {message}"))
         _, graphed = gradient_of(rounded, batch)
         _, graphed = gradient_of(rounded, batch)
         detach_fast_engine(rounded)
         record = {
             "family": name,
-            "format": "nf4" if nf4 else "dense",
+            "format": weights,
             "dtype": str(dtype).removeprefix("torch."),
             "layout": layout,
             "loss_error_reference": abs(reference_loss - expected_loss) / expected_loss,
@@ -154,12 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parity.json")
     parser.add_argument("--families", default=",".join(CONFIGS))
+    parser.add_argument("--weights", default=",".join(WEIGHTS))
     arguments = parser.parse_args()
     records = []
     for name in arguments.families.split(","):
-        for nf4 in (False, True):
+        for weights in arguments.weights.split(","):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                records += compare(name, CONFIGS[name], dtype, nf4=nf4)
+                records += compare(name, CONFIGS[name], dtype, weights=weights)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps(

@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE))
 CASES: dict[str, dict[str, Any]] = {
     "bf16-lora-8x2048": {"rows": 8, "length": 2048},
     "nf4-qlora-8x2048": {"rows": 8, "length": 2048, "nf4": True},
+    "fp8-lora-8x2048": {"rows": 8, "length": 2048, "fp8": True},
     "bf16-lora-1x2048": {"rows": 1, "length": 2048},
     "nf4-qlora-1x2048": {"rows": 1, "length": 2048, "nf4": True},
     "nf4-qlora-1x32768": {"rows": 1, "length": 32768, "nf4": True},
@@ -50,6 +51,7 @@ PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bf16-lora-8x2048", "affina", {"memory_gib": 11.2}),
     ("nf4-qlora-8x2048", "affina", {}),
     ("nf4-qlora-8x2048", "affina", {"memory_gib": 6.2}),
+    ("fp8-lora-8x2048", "affina", {}),
     ("bf16-lora-1x2048", "affina", {}),
     ("nf4-qlora-1x2048", "affina", {}),
     ("nf4-qlora-1x32768", "affina", {"memory_gib": 9.4}),

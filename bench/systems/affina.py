@@ -15,7 +15,7 @@ from affina.models.adapters import attach_adapter
 from affina.models.engines import trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
-from affina.models.weights import Nf4Options, quantize_linears
+from affina.models.weights import Fp8Options, Nf4Options, quantize_linears
 from affina.training.loop import clip_gradients
 from affina.training.objectives.sft import sft_objective
 from affina.training.optim import OptimizerOptions, build_optimizer
@@ -43,8 +43,9 @@ def batches_of(spec: dict[str, Any], count: int = 4) -> list[Batch]:
 def prepare(spec: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(model, optimiser, engine)"""
     model = random_model(spec).eval().requires_grad_(False)
-    if spec.get("nf4"):
-        quantize_linears(model, Nf4Options(), exclude=[model.get_output_embeddings()])
+    options = Nf4Options() if spec.get("nf4") else Fp8Options() if spec.get("fp8") else None
+    if options is not None:
+        quantize_linears(model, options, exclude=[model.get_output_embeddings()])
         torch.cuda.empty_cache()
     adapted = attach_adapter(model, rank=spec.get("rank", 16), alpha=32.0, targets=TARGETS)
     memory = setting.get("memory_gib")

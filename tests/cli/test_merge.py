@@ -30,7 +30,7 @@ def report():
         merge_error=0.004,
         max_merge_error=0.03,
         quantized_difference=0.05,
-        notes=("the adapter was trained against the 4-bit base",),
+        notes=("the adapter was trained against the NF4 base",),
     )
 
 
@@ -49,7 +49,7 @@ def test_the_result_says_where_it_is_and_what_was_proven(report, monkeypatch, ca
     assert "merged   merged  (17 MiB in bfloat16, 1 file)" in output
     assert "56 of 100 tensors carry the adapter" in output
     assert "differ from base + adapter by 4.0e-03 of their spread (120 positions)" in output
-    assert "trained against the 4-bit base" in output
+    assert "trained against the NF4 base" in output
 
 
 def test_json_is_the_only_output(report, monkeypatch, capsys):

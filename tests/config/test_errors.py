@@ -198,6 +198,7 @@ def test_an_unreadable_file_is_told_as_such(folder: Path, monkeypatch: pytest.Mo
         ("lora_r: 3\n", "unknown key lora_r", "affina calls it adapter.rank", 1),
         ("adapter:\n  lora_r: 3\n", "unknown key adapter.lora_r", "affina calls it adapter.rank", 2),
         ("load_in_4bit: true\n", "unknown key load_in_4bit", "write `quantization: nf4`", 1),
+        ("load_in_8bit: true\n", "unknown key load_in_8bit", "write `quantization: int8`", 1),
         ("training:\n  lr: 3\n", "unknown key training.lr", "affina calls it training.learning_rate", 2),
         ("quantization:\n  zzz: 3\n", "unknown key quantization.zzz",
          "the section quantization knows method, double_quantization, scale_search, skip_modules", 2),
@@ -308,10 +309,14 @@ def test_one_wrong_letter_in_a_setting_still_leads_to_it(data: st.DataObject) ->
          'training.precision is "bfloat16"; it takes one of auto, bf16, fp16, fp32', "did you mean bf16?"),
         ("training: {precision: 16}", "unknown-value",
          "training.precision is 16; it takes one of auto, bf16, fp16, fp32", "did you mean fp16?"),
-        ("quantization: 4bit", "unknown-value", 'quantization.method is "4bit"; it takes one of none, nf4',
+        ("quantization: 4bit", "unknown-value", 'quantization.method is "4bit"; it takes one of none, nf4, fp8, int8',
          "did you mean nf4?"),
-        ("quantization: true", "unknown-value", "quantization.method is true; it takes one of none, nf4",
+        ("quantization: true", "unknown-value", "quantization.method is true; it takes one of none, nf4, fp8, int8",
          "did you mean nf4?"),
+        ("quantization: 8bit", "unknown-value", 'quantization.method is "8bit"; it takes one of none, nf4, fp8, int8',
+         "did you mean int8?"),
+        ("quantization: float8", "unknown-value",
+         'quantization.method is "float8"; it takes one of none, nf4, fp8, int8', "did you mean fp8?"),
         ("adapter: qlora", "unknown-value", 'adapter.method is "qlora"; it takes one of lora, rslora',
          "write `adapter: lora` and `quantization: nf4`; together they are QLoRA"),
         ("adapter: full", "unknown-value", 'adapter.method is "full"; it takes one of lora, rslora',
@@ -375,7 +380,7 @@ def test_all_errors_of_a_file_come_together_in_the_order_of_its_lines() -> None:
         ("wrong-type", "run.yaml:4"),
         ("duplicate-key", "run.yaml:6"),
         ("path-missing", "run.yaml:7"),
-        ("wrong-type", "run.yaml:8"),
+        ("unknown-value", "run.yaml:8"),
     ]
 
 

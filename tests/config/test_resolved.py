@@ -182,7 +182,7 @@ def mappings(draw: st.DrawFn) -> dict[str, Any]:
             optional={
                 "model": st.fixed_dictionaries({"path": _names}, optional={"revision": st.none() | _words}),
                 "quantization": st.fixed_dictionaries(
-                    {"method": st.just("nf4")},
+                    {"method": st.just("nf4")},  # the one method with which every other field has an effect
                     optional={"scale_search": st.booleans(), "skip_modules": st.lists(_words, max_size=3)},
                 ),
                 "adapter": st.fixed_dictionaries(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from affina.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
 from tests.kernels.interpreter import run_in_interpreter
 
 EPSILON = 1e-6
@@ -39,6 +39,18 @@ def random_rows(rows, width, dtype=torch.float32, seed=0, *, slack=0, factor=1.0
 
 def random_weight(width, dtype=torch.float32):
     return (1 + 0.3 * torch.randn(width, generator=torch.Generator().manual_seed(99))).to(dtype)
+
+
+def random_update(rows, width, rank, dtype=torch.float32, *, slack=0):
+    """A low-rank update whose entries are of the size of its scale."""
+    t = random_rows(rows, rank, dtype, seed=3, slack=slack)
+    b = random_rows(width, rank, dtype, seed=4, slack=slack, factor=max(1, rank) ** -0.5)
+    return RowUpdate(t, b, 0.7)
+
+
+def definition_sum(x, update, lora):
+    """The sum in float64."""
+    return x.double() + update.double() + lora.scale * lora.t.double() @ lora.b.double().t()
 
 
 def assert_close(found, wanted, dtype, *, scale=1.0):
@@ -88,13 +100,68 @@ def test_the_sum_is_rounded_and_the_rounded_sum_is_normalised(dtype):
     assert torch.equal(rstd, wanted_rstd)
 
 
-@pytest.mark.parametrize(("sum_over", "out_over"), [("x", None), ("update", None), ("x", "update"), ("update", "x")])
-def test_sum_and_norm_may_be_written_over_their_inputs(sum_over, out_over):
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 70),
+    rank=st.integers(0, 20),
+    slack=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_low_rank_update_is_added_before_the_one_rounding(rows, width, rank, slack, dtype):
+    x, update = random_rows(rows, width, dtype, slack=slack), random_rows(rows, width, dtype, seed=1)
+    weight, lora = random_weight(width, dtype), random_update(rows, width, rank, dtype, slack=slack)
+    s, y, rstd = add_rms_norm(x, update, weight, EPSILON, lora=lora)
+    # The terms of the sum may cancel: float32 then keeps 6e-8 of their size.
+    assert_close(s, definition_sum(x, update, lora), dtype, scale=20 if dtype == torch.float32 else 1)
+    assert torch.equal(add_rows(x, update, lora=lora), s)
+    wanted_y, wanted_rstd = rms_norm(s, weight, EPSILON)
+    assert torch.equal(y, wanted_y)
+    assert torch.equal(rstd, wanted_rstd)
+
+
+def test_an_update_of_rank_1_has_a_result_to_check_on_paper():
+    lora = RowUpdate(torch.tensor([[2.0], [-1.0]]), torch.tensor([[1.0], [0.0], [3.0]]), 0.5)
+    x, update = torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    assert torch.equal(add_rows(x, update, lora=lora), torch.tensor([[2.0, 1.0, 4.0], [1.5, 2.0, 0.5]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_an_update_are_added_as_tensors_are(dtype):
+    x, update = random_rows(2051, 130, dtype), random_rows(2051, 130, dtype, seed=1)
+    assert torch.equal(add_rows(x, update), x + update)
+    assert torch.equal(add_rows(x, update, lora=random_update(2051, 130, 0, dtype)), x + update)
+
+
+@pytest.mark.parametrize("over", ["x", "update"])
+def test_the_updated_sum_may_be_written_over_an_input(over):
     tensors = {"x": random_rows(2100, 130), "update": random_rows(2100, 130, seed=1)}
-    weight = random_weight(130)
-    s, y, rstd = add_rms_norm(*(t.clone() for t in tensors.values()), weight, EPSILON)
+    lora = random_update(2100, 130, 4)
+    wanted = add_rows(**tensors, lora=lora)
+    found = add_rows(**tensors, lora=lora, out=tensors[over])
+    assert found is tensors[over]
+    assert torch.equal(found, wanted)
+
+
+def test_the_gradient_of_the_sum_is_that_of_its_terms():
+    x, update = random_rows(3, 8, torch.float64).requires_grad_(), random_rows(3, 8, torch.float64, seed=1)
+    lora, grad_output = random_update(3, 8, 2, torch.float64), random_rows(3, 8, torch.float64, seed=5)
+    s = definition_sum(x, update, lora)
+    (wanted,) = torch.autograd.grad(definition(s, torch.ones(8)), x, grad_output)
+    _, _, rstd = add_rms_norm(x.detach(), update, torch.ones(8), EPSILON, lora=lora)
+    gradient = rms_norm_backward(grad_output, s.detach(), torch.ones(8), rstd)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("has_update", [False, True])
+@pytest.mark.parametrize(("sum_over", "out_over"), [("x", None), ("update", None), ("x", "update"), ("update", "x")])
+def test_sum_and_norm_may_be_written_over_their_inputs(sum_over, out_over, has_update):
+    tensors = {"x": random_rows(2100, 130), "update": random_rows(2100, 130, seed=1)}
+    options = {"weight": random_weight(130), "epsilon": EPSILON}
+    options["lora"] = random_update(2100, 130, 4) if has_update else None
+    s, y, rstd = add_rms_norm(*(t.clone() for t in tensors.values()), **options)
     found_s, found_y, found_rstd = add_rms_norm(
-        **tensors, weight=weight, epsilon=EPSILON, sum_out=tensors[sum_over], out=tensors.get(out_over)
+        **tensors, **options, sum_out=tensors[sum_over], out=tensors.get(out_over)
     )
     assert found_s is tensors[sum_over]
     assert torch.equal(found_s, s)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward
+from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward, swiglu_backward_with_ranks
+from tests.kernels.compiled import compile_launches, require_compiler
 from tests.kernels.interpreter import run_in_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,6 +50,47 @@ def random_update(rows, width, ranks, dtype=torch.float32, *, slack=0):
         for i, rank in enumerate(ranks)
     )
     return GateUpUpdate(t, b_gate, b_up, scale_gate=1.5, scale_up=0.7)
+
+
+def rank_outputs(width, ranks, dtype=torch.float32, *, value=torch.nan):
+    """Where the gradients of factors of ranks (R_g, R_u, R_d) are written; it holds `value` before."""
+    gate, up, down = ranks
+    return {
+        "grad_b_gate": torch.full((width, gate), value, dtype=dtype) if gate else None,
+        "grad_b_up": torch.full((width, up), value, dtype=dtype) if up else None,
+        "grad_a_down": torch.full((down, width), value, dtype=dtype) if down else None,
+    }
+
+
+def random_u_down(rows, rank, dtype=torch.float32, *, slack=0):
+    return random_rows(rows, rank, dtype, seed=9, slack=slack) if rank else None
+
+
+def rank_products(gradient, activation, update, u_down, product=torch.matmul):
+    """The gradients of the factors in float64, from those of gate and up and from the activation."""
+    width = gradient.shape[1] // 2
+    t_gate, t_up = update.t.double().split(update.ranks, dim=1)
+    grad_gate, grad_up = gradient.double().split(width, dim=1)
+    pairs = {
+        "grad_b_gate": (update.scale_gate * grad_gate.t(), t_gate if update.b_gate is not None else None),
+        "grad_b_up": (update.scale_up * grad_up.t(), t_up if update.b_up is not None else None),
+        "grad_a_down": (u_down.double().t() if u_down is not None else None, activation.double()),
+    }
+    return {
+        name: None if left is None or right is None else product(left, right) for name, (left, right) in pairs.items()
+    }
+
+
+def assert_rank_gradients(found, gradient, activation, update, u_down, *, rounding, before=0.0):
+    """`found` is what the products give, each factor of which is exact to `rounding`."""
+    wanted = rank_products(gradient, activation, update, u_down)
+    sizes = rank_products(gradient, activation, update, u_down, lambda left, right: left.abs() @ right.abs())
+    for name, value in wanted.items():
+        if value is None:
+            assert found[name] is None
+            continue
+        excess = (found[name].double() - before - value).abs() - rounding * sizes[name]
+        assert float(excess.max()) < 1e-6, name
 
 
 def assert_close(found, wanted, dtype, tolerance=TOLERANCE):
@@ -151,9 +193,107 @@ def test_an_update_adds_what_separate_operations_add():
     torch.testing.assert_close(swiglu(gate_up, lora=update), swiglu(gate_up + delta), rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    **{**sizes, "ranks": st.sampled_from([(4, 4), (1, 9), (0, 3), (2, 0), (0, 0)])},
+    rank_down=st.sampled_from([0, 1, 5]),
+    accumulates=st.booleans(),
+)
+def test_gradients_of_the_factors_are_their_products(rows, width, slack, dtype, ranks, rank_down, accumulates):
+    gate_up, grad_output = random_rows(rows, 2 * width, dtype, slack=slack), random_rows(rows, width, dtype, seed=1)
+    update = random_update(rows, width, ranks, dtype, slack=slack)
+    u_down = random_u_down(rows, rank_down, dtype, slack=slack)
+    outputs = rank_outputs(width, (*ranks, rank_down), value=0.5 if accumulates else torch.nan)
+    wanted, activation = swiglu_backward(grad_output, gate_up, lora=update), swiglu(gate_up, lora=update)
+    found = swiglu_backward_with_ranks(
+        grad_output.clone(), gate_up, lora=update, u_down=u_down, **outputs, accumulates=accumulates
+    )
+    assert torch.equal(found, wanted)
+    # Sums in float32 of at most 9 products.
+    before = 0.5 if accumulates else 0.0
+    assert_rank_gradients(outputs, wanted, activation, update, u_down, rounding=12 * 2**-24, before=before)
+
+
+def test_gradients_of_the_factors_equal_autograd():
+    gate_up, grad_output = random_rows(7, 24, torch.float64), random_rows(7, 12, torch.float64, seed=1)
+    update, u_down = random_update(7, 12, (3, 2), torch.float64), random_u_down(7, 4, torch.float64)
+    for b in (update.b_gate, update.b_up):
+        b.requires_grad_()
+    activation = definition(gate_up, update)
+    activation.backward(grad_output)
+    outputs = rank_outputs(12, (3, 2, 4), torch.float64)
+    with torch.no_grad():
+        swiglu_backward_with_ranks(grad_output.clone(), gate_up, lora=update, u_down=u_down, **outputs)
+    torch.testing.assert_close(outputs["grad_b_gate"], update.b_gate.grad, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(outputs["grad_b_up"], update.b_up.grad, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(outputs["grad_a_down"], u_down.t() @ activation.detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_the_next_projection_alone_may_have_an_adapter():
+    gate_up, grad_output, u_down = random_rows(5, 16), random_rows(5, 8, seed=1), random_u_down(5, 3)
+    grad_a_down = torch.empty(3, 8)
+    wanted = swiglu_backward(grad_output, gate_up)
+    found = swiglu_backward_with_ranks(
+        grad_output, gate_up, lora=None, u_down=u_down, grad_a_down=grad_a_down, out=gate_up
+    )
+    assert found is gate_up
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(grad_a_down, u_down.t() @ swiglu(random_rows(5, 16)))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("grad_b_gate", r"gradients of B of ranks \(0, 2\) for an update of ranks \(3, 2\)"),
+        ("grad_a_down", "u_down and grad_a_down belong together"),
+    ],
+)
+def test_a_factor_without_a_place_for_its_gradient_is_a_bug(missing, message):
+    outputs = {**rank_outputs(4, (3, 2, 5)), missing: None}
+    with pytest.raises(AssertionError, match=message):
+        swiglu_backward_with_ranks(
+            torch.zeros(2, 4),
+            torch.zeros(2, 8),
+            lora=random_update(2, 4, (3, 2)),
+            u_down=torch.zeros(2, 5),
+            **outputs,
+        )
+
+
 def test_an_update_whose_columns_do_not_match_its_ranks_is_a_bug():
     with pytest.raises(AssertionError, match=r"t has 5 columns for ranks \(3, 0\)"):
         GateUpUpdate(torch.zeros(2, 5), torch.zeros(4, 3), None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "rank", "dtype", "shared_kib"),
+    # What a program may take on a T4 and on consumers' cards of later generations; on an H100, three programs' share.
+    [(75, 64, torch.float16, 64), (86, 64, torch.bfloat16, 99), (90, 16, torch.bfloat16, 56)],
+)
+def test_kernels_with_updates_compile_and_fit(capability, rank, dtype, shared_kib, monkeypatch):
+    require_compiler()
+    from affina.kernels import swiglu as operation
+    from affina.kernels.triton import swiglu_low_rank as kernels
+
+    monkeypatch.setattr(operation, "use_triton", lambda _: True)
+    monkeypatch.setattr(kernels, "approximates", lambda _: True)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    update = GateUpUpdate(empty(64, 2 * rank), empty(256, rank), empty(256, rank))
+    outputs = {name: empty(*value.shape, dtype=torch.float32) for name, value in rank_outputs(256, (rank,) * 3).items()}
+
+    def call():
+        gate_up = empty(64, 512)
+        activation = swiglu(gate_up, lora=update)
+        swiglu_backward(activation, gate_up, lora=update, activation_out=activation)
+        swiglu_backward_with_ranks(activation, gate_up, lora=update, u_down=empty(64, rank), **outputs, out=gate_up)
+
+    names = ["_forward_kernel", "_backward_kernel", "_reduce_kernel"]
+    found = compile_launches(kernels, names, call, monkeypatch, capability=capability)
+    assert len(found) == 4
+    assert max(kernel.metadata.shared for kernel in found) <= shared_kib * 1024
 
 
 def test_triton_kernels_equal_the_reference_in_the_interpreter():

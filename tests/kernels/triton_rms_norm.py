@@ -7,8 +7,16 @@ import torch
 
 from affina.kernels import rms_norm as operation
 from affina.kernels.dispatch import use_triton
-from affina.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from tests.kernels.test_rms_norm import EPSILON, definition, definition_backward, random_rows, random_weight
+from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm, rms_norm_backward
+from tests.kernels.test_rms_norm import (
+    EPSILON,
+    definition,
+    definition_backward,
+    definition_sum,
+    random_rows,
+    random_update,
+    random_weight,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rounding to the result's type; the interpreter truncates float32 to bfloat16, which is up to a whole unit, 2^-7.
@@ -31,7 +39,11 @@ def test_these_tests_run_the_triton_kernels(monkeypatch):
 
     monkeypatch.setattr(operation, "_forward_reference", fail)
     monkeypatch.setattr(operation, "_backward_reference", fail)
+    monkeypatch.setattr(operation, "_add_reference", fail)
     x, weight = random_rows(2, 8), random_weight(8)
+    add_rms_norm(x, x, weight, EPSILON)
+    add_rms_norm(x, x, weight, EPSILON, lora=random_update(2, 8, 2))
+    add_rows(x, x, lora=random_update(2, 8, 2))
     y, rstd = rms_norm(x, weight, EPSILON)
     rms_norm_backward(y, x, weight, rstd)
     with pytest.raises(AssertionError, match="the reference ran"):
@@ -61,6 +73,50 @@ def test_the_sum_and_its_norm_equal_the_definition(shape, dtype):
     s, y, _ = add_rms_norm(x, update, weight, EPSILON)
     assert_close(s, x.double() + update.double(), dtype)
     assert_close(y, definition(s, weight), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "dtypes"),
+    [
+        ((1, 1), 1, DTYPES),
+        ((37, 300), 16, DTYPES),
+        ((17, 128), 8, [torch.bfloat16]),
+        ((2, 2560), 16, [torch.bfloat16]),
+        ((16, 70), 65, [torch.float16]),
+        ((3, 140), 200, [torch.float32, torch.bfloat16]),
+        ((33, 20), 0, [torch.float32]),
+    ],
+)
+def test_a_low_rank_update_is_added_before_the_sum_is_rounded_and_normalised(shape, rank, dtypes):
+    for dtype in dtypes:
+        x, update = random_rows(*shape, dtype, slack=5), random_rows(*shape, dtype, seed=1, slack=2)
+        weight, lora = random_weight(shape[1], dtype), random_update(*shape, rank, dtype, slack=3)
+        s, y, rstd = add_rms_norm(x, update, weight, EPSILON, lora=lora)
+        assert_close(s, definition_sum(x, update, lora), dtype, scale=20 if dtype == torch.float32 else 1)
+        assert_close(y, definition(s, weight), dtype)
+        exact = (s.double().square().mean(dim=1) + EPSILON).rsqrt()
+        torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
+        added = add_rows(x, update, lora=lora)
+        assert_close(added, definition_sum(x, update, lora), dtype, scale=20 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sum_over", "out_over"), [(0, None), (1, None), (0, 1), (1, 0), (None, 1)])
+def test_an_updated_sum_and_its_norm_written_over_inputs_are_the_same(sum_over, out_over, dtype):
+    lora, weight = random_update(37, 300, 5, dtype), random_weight(300)
+
+    def inputs():
+        return [random_rows(37, 300, dtype, seed=seed, slack=3) for seed in range(2)]
+
+    s, y, rstd = add_rms_norm(*inputs(), weight, EPSILON, lora=lora)
+    tensors = inputs()
+    outputs = {"sum_out": sum_over, "out": out_over}
+    outputs = {name: None if index is None else tensors[index] for name, index in outputs.items()}
+    found = add_rms_norm(*tensors, weight, EPSILON, lora=lora, **outputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, (s, y, rstd), strict=True))
+    if out_over is None:
+        tensors = inputs()
+        assert torch.equal(add_rows(*tensors, lora=lora, out=tensors[sum_over]), s)
 
 
 @pytest.mark.parametrize("shape", [(3, 300), (70, 33)])
@@ -109,6 +165,9 @@ def test_no_rows_launch_nothing():
     y, rstd = rms_norm(x, weight, EPSILON)
     assert y.shape == (0, 64)
     assert rms_norm_backward(y, x, weight, rstd).shape == (0, 64)
+    lora = random_update(0, 64, 4)
+    assert add_rms_norm(x, x, weight, EPSILON, lora=lora)[0].shape == (0, 64)
+    assert add_rows(x, x, lora=lora).shape == (0, 64)
 
 
 def test_results_are_the_same_bits_twice():

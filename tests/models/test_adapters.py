@@ -28,7 +28,7 @@ from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.compat import quiet_peft
 from affina.models.load import load_causal_lm
-from affina.models.weights import Nf4Linear, Nf4Options
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options, format_of, quantized_layers
 from tests.models.tiny import VOCABULARY, qwen3_config, random_model, randomize_adapter, save
 
 IDS = torch.arange(20).unsqueeze(0) * 5 % VOCABULARY
@@ -43,6 +43,9 @@ def logits(model):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(random_model(qwen3_config()), tmp_path_factory.mktemp("base"))
+
+
+QUANTIZED = [Nf4Options(), Fp8Options(), Int8Options()]
 
 
 def base(folder, weight_format=None, dtype=torch.float32):
@@ -61,7 +64,7 @@ def saved(folder, tmp_path_factory):
 # -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_format", [None, Nf4Options()], ids=["dense", "nf4"])
+@pytest.mark.parametrize("weight_format", [None, *QUANTIZED], ids=["dense", "nf4", "fp8", "int8"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_fresh_adapter_changes_nothing_and_has_the_promised_parameters(folder, method, weight_format):
     model = base(folder, weight_format)
@@ -97,6 +100,16 @@ def test_the_seed_alone_decides_the_adapter(folder):
     first, second, other = (model.state_dict() for model in (first, second, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("weight_format", [Fp8Options(), Int8Options()], ids=["fp8", "int8"])
+def test_the_adapter_is_not_rounded_to_the_type_of_the_codes(folder, weight_format):
+    # PEFT makes an adapter in the type of the frozen weight: in e4m3 half of A's smaller numbers would be 0.
+    dense, quantized = (attach_adapter(base(folder, options), rank=4, seed=7) for options in (None, weight_format))
+    expected = {name: p for name, p in dense.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in quantized.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_adapter_is_off_inside_adapter_disabled(folder):
@@ -219,13 +232,14 @@ def test_the_files_are_those_of_peft_and_one_of_ours(folder, saved):
     assert "affina" in info.versions
 
 
-def test_an_adapter_trained_in_four_bits_loads_on_the_dense_base_and_back(folder, tmp_path):
-    trained = attach_adapter(base(folder, Nf4Options()), rank=4)
+@pytest.mark.parametrize("weight_format", QUANTIZED, ids=["nf4", "fp8", "int8"])
+def test_an_adapter_trained_on_a_quantised_base_loads_on_the_dense_one_and_back(folder, tmp_path, weight_format):
+    trained = attach_adapter(base(folder, weight_format), rank=4)
     randomize_adapter(trained)
     directory = save_adapter(trained, tmp_path, contract=CONTRACT)
-    again = load_adapter(base(folder, Nf4Options()), directory)
+    again = load_adapter(base(folder, weight_format), directory)
     assert torch.equal(logits(again), logits(trained))
-    assert any(isinstance(module, Nf4Linear) for module in again.modules())
+    assert {format_of(layer).name for layer in quantized_layers(again)} == {weight_format.name}
     load_adapter(base(folder), directory)
 
 
@@ -273,7 +287,8 @@ def test_parameters_of_another_adapter_are_not_restored(folder, saved):
 def test_the_identity_does_not_depend_on_type_format_or_adapter(folder):
     expected = base_identity(base(folder))
     assert base_identity(base(folder, dtype=torch.bfloat16)) == expected
-    assert base_identity(base(folder, Nf4Options())) == expected
+    for weight_format in QUANTIZED:
+        assert base_identity(base(folder, weight_format)) == expected
     assert base_identity(attach_adapter(base(folder), rank=2)) == expected
 
 

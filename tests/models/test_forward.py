@@ -251,10 +251,8 @@ def test_the_head_is_checked_against_the_models_own_logits():
 
 
 def test_a_head_in_four_bits_goes_through_its_own_module():
-    from affina.models.weights.nf4 import quantize_linear
-
     model = random_model(qwen3_config(tie_word_embeddings=False))
-    model.lm_head = quantize_linear(model.lm_head, Nf4Options())
+    model.lm_head = Nf4Options().quantize_linear(model.lm_head)
     batch = batch_of(LENGTHS)
     assert verified_head(model) is None
     torch.testing.assert_close(supervised_loss(model, batch)[0], reference_loss(model, batch), rtol=2e-5, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Models load from directories, dense or in 4 bits, and bad ones are refused with a fix."""
+"""Models load from directories, dense or quantised, and bad ones are refused with a fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from affina.errors import ModelError
 from affina.models.compat import quiet_loading
 from affina.models.load import describe_model, load_causal_lm, load_notes, save_quantized
 from affina.models.safetensors_file import PlannedTensor, write_sharded
-from affina.models.weights import Nf4Linear, Nf4Options, quantize_linears
+from affina.models.weights import (
+    Fp8Options,
+    Int8Options,
+    Nf4Linear,
+    Nf4Options,
+    format_of,
+    quantize_linears,
+    quantized_layers,
+)
 from tests.models.tiny import VOCABULARY, qwen3_config, random_model, save
 
 IDS = torch.arange(20).unsqueeze(0) * 5 % VOCABULARY
@@ -50,19 +58,24 @@ def test_a_dense_model_equals_what_transformers_loads(folder):
     assert model.config._name_or_path == str(folder)
 
 
-@pytest.mark.parametrize("options", [Nf4Options(), Nf4Options(double_quantization=False)], ids=["double", "single"])
+@pytest.mark.parametrize(
+    "options",
+    [Nf4Options(), Nf4Options(double_quantization=False), Fp8Options(), Int8Options()],
+    ids=["nf4", "nf4, single", "fp8", "int8"],
+)
 def test_quantising_while_reading_equals_quantising_afterwards(folder, options):
     streamed = load(folder, weight_format=options)
     afterwards = load(folder)
     quantize_linears(afterwards, options, exclude=[afterwards.get_output_embeddings()])
     assert torch.equal(logits(streamed), logits(afterwards))
     assert load_notes(streamed) == ()
-    assert sum(isinstance(module, Nf4Linear) for module in streamed.modules()) == 14
-    assert not isinstance(streamed.get_output_embeddings(), Nf4Linear)
+    assert [format_of(layer).name for layer in quantized_layers(streamed)] == [options.name] * 14
+    assert type(streamed.get_output_embeddings()) is torch.nn.Linear
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    model = load(save(random_model(qwen3_config()), tmp_path), weight_format=Nf4Options())
+@pytest.mark.parametrize("options", [Nf4Options(), Fp8Options(), Int8Options()], ids=["nf4", "fp8", "int8"])
+def test_tied_embeddings_stay_tied(tmp_path, options):
+    model = load(save(random_model(qwen3_config()), tmp_path), weight_format=options)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -94,6 +107,15 @@ def test_describe_model_counts_four_bit_weights_as_weights(folder):
     assert quantized["num_trainable"] == 0
 
 
+@pytest.mark.parametrize("options", [Fp8Options(), Int8Options()], ids=["fp8", "int8"])
+def test_describe_model_counts_one_byte_a_weight_and_four_a_row(folder, options):
+    dense, quantized = describe_model(load(folder)), describe_model(load(folder, weight_format=options))
+    assert dense["num_parameters"] == quantized["num_parameters"]
+    weights, rows = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128), 2 * (64 * 3 + 32 * 2 + 128 * 2)
+    assert quantized["num_bytes"][options.name] == weights + 4 * rows
+    assert quantized["total_bytes"] == dense["total_bytes"] - 4 * weights + weights + 4 * rows
+
+
 # bitsandbytes' checkpoints
 # ----------------------------------------------------------------------------------------------
 
@@ -110,6 +132,24 @@ def quantized_by_bitsandbytes(folder: Path, target: Path, dtype: torch.dtype = t
     )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
     return save(model, target)
+
+
+def test_a_model_in_eight_bits_is_read_from_bfloat16_too(folder):
+    model = load(folder, dtype=torch.bfloat16, weight_format=Fp8Options(skip_modules=("down_proj",)))
+    layers = quantized_layers(model)
+    assert len(layers) == 12
+    assert {(layer.weight.dtype, layer.scale.dtype) for layer in layers} == {(torch.float8_e4m3fn, torch.float32)}
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_biases_are_read_beside_quantised_weights(tmp_path):
+    source = random_model(qwen3_config(attention_bias=True))
+    source.model.layers[1].self_attn.q_proj.bias.data.uniform_(-1, 1)
+    for options in (Nf4Options(), Fp8Options(), Int8Options()):
+        layer = load(save(source, tmp_path), weight_format=options).model.layers[1].self_attn.q_proj
+        assert torch.equal(layer.bias, source.model.layers[1].self_attn.q_proj.bias)
+        assert not layer.bias.requires_grad
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +183,15 @@ def load_with_bitsandbytes(folder):
     return model
 
 
+def test_eight_bits_asked_of_a_four_bit_checkpoint_have_no_effect_and_it_says_so(pair):
+    _, ours = pair
+    loaded = load(ours, weight_format=Int8Options())
+    assert {format_of(layer).name for layer in quantized_layers(loaded)} == {"nf4"}
+    assert load_notes(loaded) == (
+        "the checkpoint is stored in 4-bit NF4 and stays in it; int8 was asked for and has no effect",
+    )
+
+
 def test_what_a_four_bit_checkpoint_left_dense_stays_dense(folder, tmp_path):
     options = Nf4Options(skip_modules=("lm_head", "layers.0.mlp.up_proj"))
     loaded = load(save_quantized(load(folder, weight_format=options), tmp_path), weight_format=Nf4Options())
@@ -169,15 +218,16 @@ def test_saving_a_dense_model_in_four_bits_is_refused(folder, tmp_path):
 _MEASURE = """
 import sys, threading, psutil, torch
 from affina.models.load import load_causal_lm, describe_model
-from affina.models.weights import Nf4Options
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options
+options = {"nf4": Nf4Options, "fp8": Fp8Options, "int8": Int8Options}[sys.argv[3]]()
 process, peak, done = psutil.Process(), [0], threading.Event()
-load_causal_lm(sys.argv[2], dtype=torch.bfloat16, device="cpu", weight_format=Nf4Options())  # imports, tables
+load_causal_lm(sys.argv[2], dtype=torch.bfloat16, device="cpu", weight_format=options)  # imports, tables
 before = process.memory_info().rss
 def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], process.memory_info().rss)
 thread = threading.Thread(target=watch); thread.start()
-model = load_causal_lm(sys.argv[1], dtype=torch.bfloat16, device="cpu", weight_format=Nf4Options())
+model = load_causal_lm(sys.argv[1], dtype=torch.bfloat16, device="cpu", weight_format=options)
 done.set(); thread.join()
 print(peak[0] - before, describe_model(model)["total_bytes"])
 """
@@ -206,7 +256,8 @@ def write_large_model(config, folder):
     return folder
 
 
-def test_peak_memory_while_loading_stays_near_the_four_bit_size(tmp_path):
+@pytest.mark.parametrize("name", ["nf4", "fp8"])
+def test_peak_memory_while_loading_stays_near_the_finished_size(tmp_path, name):
     config = qwen3_config(
         hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16, head_dim=64,
         num_key_value_heads=8, vocab_size=512,
@@ -215,7 +266,7 @@ def test_peak_memory_while_loading_stays_near_the_four_bit_size(tmp_path):
     small = save(random_model(qwen3_config()), tmp_path / "small")
     dense_bytes = (large / "model.safetensors").stat().st_size
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), str(large), str(small)]
+    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), str(large), str(small), name]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     peak, final = map(int, output.split())
     assert dense_bytes > 150e6
@@ -246,7 +297,7 @@ def refusal(folder, **options) -> ModelError:
     return caught.value
 
 
-BOTH = pytest.mark.parametrize("weight_format", [None, Nf4Options()], ids=["dense", "nf4"])
+BOTH = pytest.mark.parametrize("weight_format", [None, Nf4Options(), Int8Options()], ids=["dense", "nf4", "int8"])
 
 
 def test_a_missing_directory_is_refused():
@@ -386,16 +437,27 @@ def test_missing_tensors_are_refused_rather_than_random(copy, weight_format):
     assert "random numbers" in error.why
 
 
-def test_another_quantisation_is_refused(copy):
-    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    error = refusal(copy)
+@pytest.mark.parametrize(
+    ("stored", "described"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ],
+)
+@pytest.mark.parametrize("weight_format", [None, Fp8Options(), Int8Options()], ids=["as it is", "fp8", "int8"])
+def test_a_checkpoint_that_others_quantised_is_refused(copy, stored, described, weight_format):
+    edit_config(copy, quantization_config=stored)
+    error = refusal(copy, weight_format=weight_format)
     assert error.code == "quantization-unsupported"
-    assert "(gptq)" in error.what
+    assert f"is stored quantised ({described})" in error.what
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
+@pytest.mark.parametrize("options", [Nf4Options(), Fp8Options(), Int8Options()], ids=["nf4", "fp8", "int8"])
+def test_weights_that_are_not_finite_are_named(tmp_path, options):
     model = random_model(qwen3_config())
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
-    error = refusal(save(model, tmp_path), weight_format=Nf4Options())
+    error = refusal(save(model, tmp_path), weight_format=options)
     assert error.code == "weights-not-finite"
     assert "model.layers.1.mlp.up_proj.weight" in error.what

@@ -13,7 +13,7 @@ from affina.data.collate import collate
 from affina.data.samples import IGNORED_LABEL, Sample
 from affina.models.adapters import attach_adapter
 from affina.models.load import load_causal_lm
-from affina.models.weights import Nf4Options
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options
 from affina.training.objectives.sft import sft_objective
 
 LENGTHS = (5, 1, 17, 40, 9, 2, 23)
@@ -46,11 +46,11 @@ def gradients(
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
-@pytest.fixture(scope="module", params=["dense", "nf4"])
+@pytest.fixture(scope="module", params=["dense", "nf4", "fp8", "int8"])
 def model(request: pytest.FixtureRequest, tiny_model_folder: Path) -> torch.nn.Module:
-    weight_format = Nf4Options() if request.param == "nf4" else None
+    formats = {"dense": None, "nf4": Nf4Options(), "fp8": Fp8Options(), "int8": Int8Options()}
     base = load_causal_lm(
-        str(tiny_model_folder), dtype=torch.float32, device=torch.device("cpu"), weight_format=weight_format
+        str(tiny_model_folder), dtype=torch.float32, device=torch.device("cpu"), weight_format=formats[request.param]
     )
     adapted = attach_adapter(base, rank=4, alpha=8)
     with torch.no_grad():

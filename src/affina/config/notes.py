@@ -39,9 +39,12 @@ def _no_effect(settings: Settings, path: str, why: str) -> Iterator[Note]:
 
 
 def _quantization(settings: Settings) -> Iterator[Note]:
-    if settings.config.quantization.method == "none":
-        for name in ("double_quantization", "scale_search", "skip_modules"):
-            yield from _no_effect(settings, f"quantization.{name}", "quantization.method is none")
+    method = settings.config.quantization.method
+    if method == "nf4":
+        return
+    names = ("double_quantization", "scale_search") + (("skip_modules",) if method == "none" else ())
+    for name in names:
+        yield from _no_effect(settings, f"quantization.{name}", f"quantization.method is {method}")
 
 
 def _adapter(settings: Settings) -> Iterator[Note]:

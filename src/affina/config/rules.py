@@ -137,8 +137,8 @@ def _scale_search_without_nf4(settings: Settings) -> ConfigError | None:
         return None  # a preset's choice that the user's `quantization: none` overrules; notes.py says so
     return ConfigError(
         "scale-search-without-nf4",
-        "quantization.scale_search is true and quantization.method is none",
-        why="there are no block scales to search when the weights stay 16-bit",
+        f"quantization.scale_search is true and quantization.method is {quantization.method}",
+        why="only nf4 has block scales that can be searched",
         fix="write `method: nf4`, or remove scale_search",
         where=settings.where("quantization.scale_search"),
     )

@@ -2,10 +2,9 @@
 
     W' = W + s · B A        computed in float32, rounded once to the type of the result
 
-The base is the original one, never its 4-bit copy: merging into NF4 would quantise the sum again and lose part of the
-adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are compared
-with those of base
-and adapter: an export whose effect vanished fails, and leaves nothing behind.
+The base is the original one, never its quantised copy: merging into that would quantise the sum again and lose part of
+the adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are
+compared with those of base and adapter: an export whose effect vanished fails, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from affina.models.safetensors_file import (
     write_sharded,
 )
 from affina.models.structure import base_model_of, text_config
-from affina.models.weights import Nf4Options
+from affina.models.weights import WeightFormatOptions
 from affina.runs.atomic import new_directory
 from affina.runs.units import format_bytes
 
@@ -71,8 +70,8 @@ class MergeReport:
     adapter_effect:       base + adapter against base: what must survive
     merge_error:          merged against base + adapter, on `num_probe_tokens` positions
     max_merge_error:      the largest single difference, in the same unit
-    quantized_difference: merged against 4-bit base + adapter, as it was trained; None when it was trained on a dense
-                          base
+    quantized_difference: merged against quantised base + adapter, as it was trained; None when it was trained on a
+                          dense base
     """
 
     output: Path
@@ -110,7 +109,7 @@ def merge(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
-    trained_weight_format: Nf4Options | None = None,
+    trained_weight_format: WeightFormatOptions | None = None,
     probe_prompts: Sequence[Sequence[int]] | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> MergeReport:
@@ -119,7 +118,8 @@ def merge(
     base:                  directory, hub id or affina/nano
     dtype:                 of the result: bfloat16, float16 or float32
     device:                where the proof is computed; writing is done on the CPU
-    trained_weight_format: NF4 when the adapter was trained on a quantised base; its distance is then reported
+    trained_weight_format: of the base on which the adapter was trained, when it was quantised; its distance is then
+                           reported
     probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
 
     Raises ExportError: output-exists, disk-full, dtype-unknown, merge-vanished (the adapter's effect is not in the
@@ -174,9 +174,11 @@ def merge(
         if trained_weight_format is not None:
             trained = _logits(load_adapter(load(base, proof_dtype, trained_weight_format), info.directory), prompts)
             quantized_difference = _rms(merged - trained) / _spread(expected)
+            kind = trained_weight_format.name.upper()
             notes.append(
-                "the adapter was trained against the 4-bit base and is merged into the original one: its logits differ "
-                f"from those in training by {quantized_difference:.1%} of their spread, the 4-bit base's own error"
+                f"the adapter was trained against the {kind} base and is merged into the original one: its logits "
+                f"differ from those in training by {quantized_difference:.1%} of their spread, the {kind} base's own "
+                "error"
             )
     return MergeReport(
         output=target,
@@ -252,8 +254,8 @@ def _proof_dtype(specs: Mapping[str, TensorSpec], target_dtype: torch.dtype) -> 
 
 def _loader(
     revision: str | None, trust_remote_code: bool, device: torch.device | str
-) -> Callable[[str, torch.dtype, Nf4Options | None], PreTrainedModel]:
-    def load(path: str, dtype: torch.dtype, weight_format: Nf4Options | None) -> PreTrainedModel:
+) -> Callable[[str, torch.dtype, WeightFormatOptions | None], PreTrainedModel]:
+    def load(path: str, dtype: torch.dtype, weight_format: WeightFormatOptions | None) -> PreTrainedModel:
         return load_causal_lm(
             path,
             revision=revision,

@@ -7,8 +7,8 @@ Legend: M rows (tokens), D model width, R rank, x one row [D], w the weight [D] 
     r = 1 / √(mean(x²) + ε)        x̂ = r · x        y = w ∘ x̂
 
 **Residual addition.** `add_rms_norm` normalises s = x + v, `add_rows` gives s alone. v is the output of a projection,
-which may have a low-rank update (LoRA) of its own; s = x + v₀ + c · t Bᵀ is then made tile by tile, so that v never lies
-in memory. The gradient of s is that of x and of v₀, from which the caller makes those of t and B.
+which may have a low-rank update (LoRA) of its own; s = x + v₀ + c · t Bᵀ is then made tile by tile, so that v never
+lies in memory. The gradient of s is that of x and of v₀, from which the caller makes those of t and B.
 
 **Backward.** Let g = ∂L/∂y and n = w ∘ g, the gradient of x̂. Since ∂r/∂x_j = −r³ x_j / D,
 

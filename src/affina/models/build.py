@@ -23,10 +23,18 @@ from affina.models.fast import attach_fast_engine
 from affina.models.forward import isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.structure import text_config
-from affina.models.weights import Nf4Linear, Nf4Options
+from affina.models.weights import (
+    Fp8Options,
+    Int8Options,
+    Nf4Options,
+    WeightFormatOptions,
+    format_of,
+    quantized_layers,
+)
 
 DENSE_CACHE_BYTES = 256 << 20
-"""On a CPU, NF4 layers that are this small together keep their dense weights: expanding them twice a step is waste."""
+"""On a CPU, quantised layers that are this small together keep their dense weights: to expand them twice a step is
+waste."""
 
 _PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PRECISIONS_OF_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "auto": "auto"}
@@ -119,11 +127,15 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
     return base, device, notes
 
 
-def weight_format(config: RunConfig) -> Nf4Options | None:
+def weight_format(config: RunConfig) -> WeightFormatOptions | None:
     """How the config wants the frozen linear layers stored; None: as the checkpoint has them."""
     quantization = config.quantization
     if quantization.method == "none":
         return None
+    if quantization.method == "fp8":
+        return Fp8Options(skip_modules=quantization.skip_modules)
+    if quantization.method == "int8":
+        return Int8Options(skip_modules=quantization.skip_modules)
     return Nf4Options(
         double_quantization=quantization.double_quantization,
         scale_search=quantization.scale_search,
@@ -147,15 +159,21 @@ def _describe(
         device=device,
         device_name=describe_device(device),
         compute_dtype=dtype,
-        precision_name=_PRECISION_NAMES[dtype] + (" on NF4" if config.quantization.method == "nf4" else ""),
+        precision_name=_precision_name(base, dtype),
         num_parameters=count_parameters(model),
         notes=tuple(notes),
     )
 
 
+def _precision_name(base: PreTrainedModel, dtype: torch.dtype) -> str:
+    """`bf16 on NF4`: the type of the computation, and the format of the weights that have another one."""
+    formats = {weight_format.name.upper() for layer in quantized_layers(base) if (weight_format := format_of(layer))}
+    return " on ".join([_PRECISION_NAMES[dtype], *sorted(formats)])
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters as if nothing were quantised; tied ones count once."""
-    packed = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, Nf4Linear)}
+    packed = {id(layer.weight): layer for layer in quantized_layers(model)}
     return sum(
         packed[id(parameter)].in_features * packed[id(parameter)].out_features
         if id(parameter) in packed

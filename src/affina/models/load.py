@@ -34,8 +34,17 @@ from affina.models.safetensors_file import (
     write_sharded,
 )
 from affina.models.structure import base_model_of
-from affina.models.weights import Nf4Linear, Nf4Options, cache_dequantized, linear_layers, quantize_linears
-from affina.models.weights.nf4 import quantize_weight, replace_module
+from affina.models.weights import (
+    Nf4Linear,
+    Nf4Options,
+    WeightFormatOptions,
+    cache_dequantized,
+    format_of,
+    linear_layers,
+    quantize_linears,
+    quantized_layers,
+)
+from affina.models.weights.quantized import replace_module
 
 logger = logging.getLogger(__name__)
 _NOTES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
@@ -48,7 +57,7 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: torch.dtype,
     device: torch.device | str,
-    weight_format: Nf4Options | None = None,
+    weight_format: WeightFormatOptions | None = None,
     trust_remote_code: bool = False,
     attention: str = "auto",
     cache_dequantized_bytes: int = 0,
@@ -57,10 +66,11 @@ def load_causal_lm(
 
     path:          a directory, a hub id, or affina/nano
     dtype:         of weights that are not quantised, and of the computation
-    weight_format: NF4 for the linear layers (never the head); None: as the checkpoint stores them. A checkpoint that
-                   is already in bitsandbytes' 4-bit NF4 stays in it, whatever is asked; bitsandbytes is not needed.
+    weight_format: NF4, fp8 or int8 for the linear layers (never the head); None: as the checkpoint stores them. A
+                   checkpoint that is already in bitsandbytes' 4-bit NF4 stays in it, whatever is asked; bitsandbytes
+                   is not needed.
     attention:     a name that transformers knows; "auto" leaves the choice to it
-    cache_dequantized_bytes: NF4 layers keep their dense weights if all of them fit this budget (see
+    cache_dequantized_bytes: quantised layers keep their dense weights if all of them fit this budget (see
                              `cache_dequantized`)
 
     Raises ModelError: model-not-found, model-unreachable, model-gated, model-type-unknown, model-needs-code,
@@ -74,7 +84,7 @@ def load_causal_lm(
     specs = checkpoint_tensors(folder)
     config = _auto_config(folder, raw_config, path, trust_remote_code)
     stored = raw_config.get("quantization_config")
-    options = weight_format
+    options: WeightFormatOptions | None = weight_format
     if stored is not None:
         options = options_of_checkpoint(stored, path)
         del config.quantization_config
@@ -88,8 +98,9 @@ def load_causal_lm(
         # What a 4-bit checkpoint left dense stays dense.
         quantize = options if stored is None else None
         model = _load_quantized(folder, config, specs, dtype, device, quantize, build, notes)
-    if stored is not None and weight_format is None:
-        notes.append("the checkpoint is stored in 4-bit NF4 and stays in it")
+    if stored is not None and not isinstance(weight_format, Nf4Options):
+        ignored = f"; {weight_format.name} was asked for and has no effect" if weight_format is not None else ""
+        notes.append(f"the checkpoint is stored in 4-bit NF4 and stays in it{ignored}")
     model.config._name_or_path = path
     model.eval().requires_grad_(False)
     if cache_dequantized_bytes:
@@ -273,7 +284,7 @@ def _load_quantized(
     specs: Mapping[str, TensorSpec],
     dtype: torch.dtype,
     device: torch.device,
-    options: Nf4Options | None,
+    options: WeightFormatOptions | None,
     build: Mapping[str, Any],
     notes: list[str],
 ) -> PreTrainedModel:
@@ -312,7 +323,7 @@ def _place(
     specs: Mapping[str, TensorSpec],
     dtype: torch.dtype,
     device: torch.device,
-    options: Nf4Options | None,
+    options: WeightFormatOptions | None,
     head: nn.Module | None,
 ) -> None:
     """Reads one tensor and puts it, quantised where it should be, where it belongs."""
@@ -333,16 +344,17 @@ def _place(
         tensor = tensor.to(dtype)
     if is_weight and options is not None and module is not head and not options.skips(module_name):
         assert isinstance(module, nn.Linear)
-        replace_module(model, module_name, Nf4Linear(_quantize(tensor, options, name), module.bias))
+        module.weight = nn.Parameter(tensor, requires_grad=False)
+        replace_module(model, module_name, _quantized(module, options, name))
     elif leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
 
 
-def _quantize(tensor: Tensor, options: Nf4Options, name: str) -> Nf4Tensor:
+def _quantized(layer: nn.Linear, options: WeightFormatOptions, name: str) -> nn.Linear:
     try:
-        return quantize_weight(tensor, options)
+        return options.quantize_linear(layer)
     except ModelError as error:
         raise ModelError(error.code, f"{name} holds NaN or infinity", why=error.why, fix=error.fix) from error
 
@@ -381,7 +393,7 @@ def _load_then_quantize(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
-    options: Nf4Options,
+    options: WeightFormatOptions,
     build: Mapping[str, Any],
     notes: list[str],
 ) -> PreTrainedModel:
@@ -463,10 +475,10 @@ def _bitsandbytes_config(base: PreTrainedModel, layer: Nf4Linear, compute_dtype:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """JSON-ready: parameters (4-bit weights counted as the numbers they stand for), trainable, bytes by format and in
-    all."""
+    """JSON-ready: parameters (quantised weights counted as the numbers they stand for), trainable, bytes by format and
+    in all."""
     base = base_model_of(model)
-    quantized = [layer for _, layer in linear_layers(base) if isinstance(layer, Nf4Linear)]
+    quantized = quantized_layers(base)
     codes = {id(layer.weight) for layer in quantized}
     adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
     adapter_ids = {id(parameter) for parameter in adapter}
@@ -475,8 +487,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     for parameter in dense:
         key = str(parameter.dtype).removeprefix("torch.")
         num_bytes[key] = num_bytes.get(key, 0) + parameter.nbytes
-    if quantized:
-        num_bytes["nf4"] = sum(layer.quantized.num_bytes for layer in quantized)
+    for layer in quantized:
+        weight_format = format_of(layer)
+        assert weight_format is not None
+        num_bytes[weight_format.name] = num_bytes.get(weight_format.name, 0) + weight_format.num_bytes(layer)
     if adapter:
         num_bytes["adapter"] = sum(parameter.nbytes for parameter in adapter)
     expanded = sum(layer.out_features * layer.in_features for layer in quantized)

@@ -15,7 +15,7 @@ from affina.models.engines import trainable_parameters
 from affina.models.fast import FastEngine, attach_fast_engine, detach_fast_engine, fast_engine_of
 from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
-from affina.models.weights import Nf4Options, quantize_linears
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options, WeightFormatOptions, quantize_linears
 from tests.models.tiny import VOCABULARY, TinyBatch, qwen3_config, random_model, randomize_adapter
 
 _SMALL: dict[str, Any] = {
@@ -56,23 +56,32 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+WEIGHTS: dict[str, WeightFormatOptions | None] = {
+    "dense": None,
+    "nf4": Nf4Options(),
+    "fp8": Fp8Options(),
+    "int8": Int8Options(),
+}
+
+
 def adapted_model(
     config: PretrainedConfig,
     *,
-    nf4: bool = False,
+    weights: str = "dense",
     method: str = "lora",
     rank: int = 4,
     alpha: float = 6.0,
     targets: str | Sequence[str] = "all-linear",
     dtype: torch.dtype = torch.float32,
 ) -> PeftModel:
-    """A model that is ready to train."""
+    """A model that is ready to train; weights: a name in WEIGHTS."""
     base = random_model(config, dtype=dtype)
     for name, parameter in base.named_parameters():
         if name.endswith("_proj.bias"):
             parameter.data.sub_(1.0)  # around 0; around 1 every softmax would be nearly one-hot, its gradient rounding
-    if nf4:
-        quantize_linears(base, Nf4Options(), exclude=[base.get_output_embeddings()])
+    options = WEIGHTS[weights]
+    if options is not None:
+        quantize_linears(base, options, exclude=[base.get_output_embeddings()])
     model = attach_adapter(base, method=method, rank=rank, alpha=alpha, targets=targets)
     randomize_adapter(model)
     return model.train()

@@ -13,6 +13,7 @@ from affina.models.fast.policy import Keep
 from affina.models.forward import supervised_loss
 from tests.models.fast.families import (
     FAMILIES,
+    WEIGHTS,
     adapted_model,
     attach,
     both_engines,
@@ -28,9 +29,9 @@ FLOAT32 = 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
-def test_loss_and_every_gradient_equal_the_references(family: str, nf4: bool) -> None:
-    model = adapted_model(FAMILIES[family](), nf4=nf4)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_loss_and_every_gradient_equal_the_references(family: str, weights: str) -> None:
+    model = adapted_model(FAMILIES[family](), weights=weights)
     expected, found = both_engines(model, batch_of(LENGTHS))
     assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
     difference, name = worst_difference(expected[1], found[1])

@@ -54,6 +54,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 WORDS_OF_AN_ENTRY: Final = 4
 """A work-list entry: the document's first row, its number of tokens (0: empty entry), the rank r, the document."""
@@ -66,12 +67,17 @@ _LN_2 = math.log(2.0)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One kernel's tile: rows (query heads × tokens) × keys, and how the compiler schedules it."""
+    """One kernel's tile: rows (query heads × tokens) × keys, and how the compiler schedules it.
+
+    descriptors: tiles come through the tensor memory accelerator (compute capability 9.0), which needs neither registers
+                 for addresses nor instructions for masks; else by pointers
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    descriptors: bool
     max_heads: int = 8
 
     def heads(self, repeats: int) -> int:
@@ -89,6 +95,16 @@ class Tiles:
     forward: Tile
     queries: Tile
     keys: Tile
+
+
+_HOPPER: Final = Tiles(
+    Tile(128, 128, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(64, 128, 8, 2, True)
+)
+
+
+def tiles_for(q: Tensor) -> Tiles:
+    """The tiles for the card and the head dim of q."""
+    return _HOPPER
 
 
 # ------------------------------------------------------------------------------------------------ work list
@@ -164,32 +180,89 @@ def work_list(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
 def _exp2(x, APPROXIMATE: tl.constexpr):
     """2^x. The instruction alone, without the four around it that save results below 2⁻¹²⁶ from becoming 0."""
     if APPROXIMATE:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _load_tile(pointers, rows_exist, columns, K: tl.constexpr):
-    """A tile with zeros where there is no row and, if K is no power of two, no column."""
-    if columns.shape[1] == K:
-        return tl.load(pointers, mask=rows_exist[:, None], other=0.0)
-    return tl.load(pointers, mask=rows_exist[:, None] & (columns < K), other=0.0)
-
-
-@triton.jit
-def _store_tile(pointers, values, rows_exist, columns, K: tl.constexpr):
-    if columns.shape[1] == K:
-        tl.store(pointers, values, mask=rows_exist[:, None])
+        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
-        tl.store(pointers, values, mask=rows_exist[:, None] & (columns < K))
+        power = tl.exp2(x)
+    return power
+
+
+@triton.jit
+def _offsets(STRIDE: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """[ROWS, PADDED_K] offsets of a tile from its first token's first head."""
+    row = tl.arange(0, ROWS)
+    return ((row // HEADS) * STRIDE + (row % HEADS) * K)[:, None] + tl.arange(0, PADDED_K)[None, :]
+
+
+@triton.jit
+def _mask(num_tokens, K: tl.constexpr, PADDED_K: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Which elements of a tile are real when it holds so many tokens."""
+    exists = (tl.arange(0, ROWS) // HEADS < num_tokens)[:, None]
+    if K != PADDED_K:
+        exists = exists & (tl.arange(0, PADDED_K) < K)[None, :]
+    return exists
+
+
+@triton.jit
+def _load_tile(
+    source,
+    token,
+    end,
+    head,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    IS_DESCRIPTOR: tl.constexpr,
+):
+    """[ROWS, PADDED_K] of [T, heads, K]: HEADS heads from `head` on of the tokens from `token` on.
+
+    Behind `end`, where the document ends, a pointer gives zeros and a descriptor other documents' numbers.
+    """
+    if IS_DESCRIPTOR:
+        tile = tl.reshape(source.load([token, head, 0]), [ROWS, PADDED_K])
+    else:
+        pointers = source + token.to(tl.int64) * STRIDE + head * K + _offsets(STRIDE, K, PADDED_K, ROWS, HEADS)
+        tile = tl.load(pointers, mask=_mask(end - token, K, PADDED_K, ROWS, HEADS), other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_tile(
+    target,
+    values,
+    token,
+    end,
+    head,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    pointers = target + token.to(tl.int64) * STRIDE + head * K + _offsets(STRIDE, K, PADDED_K, ROWS, HEADS)
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=_mask(end - token, K, PADDED_K, ROWS, HEADS))
+
+
+@triton.jit
+def _load_statistics(source, part, token, end, stride, ROWS: tl.constexpr, HEADS: tl.constexpr, IS_DESCRIPTOR: tl.constexpr):
+    """[ROWS] log₂ lse and [ROWS] −D of a tile, from [H / HEADS, T, HEADS, 2]."""
+    if IS_DESCRIPTOR:
+        pairs = source.load([part, token * (2 * HEADS)])
+    else:
+        lane = tl.arange(0, 2 * ROWS)
+        exists = lane // (2 * HEADS) < end - token
+        pairs = tl.load(source + part.to(tl.int64) * stride + token * (2 * HEADS) + lane, mask=exists, other=0.0)
+    return tl.split(tl.reshape(pairs, [ROWS, 2]))
 
 
 @triton.jit
 def _first_key(first, KEYS: tl.constexpr, WINDOW: tl.constexpr):
     """Where the keys begin that the queries from `first` on see, at a multiple of KEYS."""
-    if WINDOW == 0:
-        return 0
-    return tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+    key = 0
+    if WINDOW != 0:
+        key = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+    return key
 
 
 @triton.jit
@@ -207,15 +280,6 @@ def _is_visible(query, key, WINDOW: tl.constexpr):
     if WINDOW != 0:
         visible = visible & (query - key < WINDOW)
     return visible
-
-
-@triton.jit
-def _statistics(head, token, num_rows, HEADS: tl.constexpr):
-    """Where a row's log-sum-exp and D lie between the two backward kernels: [H / P, rows, P], P heads of a key tile.
-
-    The numbers of a tile of the second kernel are contiguous.
-    """
-    return ((head // HEADS).to(tl.int64) * num_rows + token) * HEADS + head % HEADS
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -241,6 +305,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = NUM_HEADS // HEADS
@@ -252,38 +317,21 @@ def _forward_kernel(
     if length == 0:
         return
     first = tl.load(entry + 2) * TOKENS
+    end = start + length
+    group = head // REPEATS
 
-    row_head = tl.arange(0, ROWS) % HEADS
-    row_token = tl.arange(0, ROWS) // HEADS
-    query = first + row_token
-    row_exists = query < length
-    column = tl.arange(0, PADDED_K)[None, :]
-    lane = tl.arange(0, KEYS)
-    row_offset = (start + first).to(tl.int64)
-    q_tile = _load_tile(
-        q + row_offset * Q_STRIDE + head * K + (row_token * Q_STRIDE + row_head * K)[:, None] + column,
-        row_exists,
-        column,
-        K,
-    )
-    k_rows = k + start.to(tl.int64) * K_STRIDE + (head // REPEATS) * K
-    v_rows = v + start.to(tl.int64) * V_STRIDE + (head // REPEATS) * K
-
+    q_tile = _load_tile(q, start + first, end, head, Q_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
     maximum = tl.full([ROWS], -1e30, dtype=tl.float32)  # finite: a row may see none of its first tile's keys
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = tl.zeros([ROWS, PADDED_K], dtype=tl.float32)
-    last = tl.minimum(first + TOKENS, length)
-    for position in range(_first_key(first, KEYS, WINDOW), last, KEYS):
-        key = position + lane
-        k_tile = _load_tile(
-            k_rows + position.to(tl.int64) * K_STRIDE + lane[:, None] * K_STRIDE + column, key < length, column, K
-        )
-        v_tile = _load_tile(
-            v_rows + position.to(tl.int64) * V_STRIDE + lane[:, None] * V_STRIDE + column, key < length, column, K
-        )
+    for position in range(_first_key(first, KEYS, WINDOW), tl.minimum(first + TOKENS, length), KEYS):
+        k_tile = _load_tile(k, start + position, end, group, K_STRIDE, K, PADDED_K, KEYS, 1, DESCRIPTORS)
+        v_tile = _load_tile(v, start + position, end, group, V_STRIDE, K, PADDED_K, KEYS, 1, DESCRIPTORS)
         scores = tl.dot(q_tile, tl.trans(k_tile))
         if _is_partly_hidden(first, first + TOKENS - 1, position, position + KEYS - 1, WINDOW):
-            scores = tl.where(_is_visible(query[:, None], key[None, :], WINDOW), scores, float("-inf"))
+            query = (first + tl.arange(0, ROWS) // HEADS)[:, None]
+            key = (position + tl.arange(0, KEYS))[None, :]
+            scores = tl.where(_is_visible(query, key, WINDOW), scores, float("-inf"))
         highest = tl.maximum(maximum, tl.max(scores, 1) * log2_scale)
         weights = _exp2(scores * log2_scale - highest[:, None], APPROXIMATE)
         shrink = _exp2(maximum - highest, APPROXIMATE)
@@ -292,20 +340,12 @@ def _forward_kernel(
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums)
         maximum = highest
 
-    sums = sums * (1.0 / total)[:, None]
+    row = tl.arange(0, ROWS)
     row_lse = (maximum + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse + row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head, row_lse, mask=row_exists)
-    _store_tile(
-        output
-        + row_offset * (NUM_HEADS * K)
-        + head * K
-        + (row_token * (NUM_HEADS * K) + row_head * K)[:, None]
-        + column,
-        sums.to(output.dtype.element_ty),
-        row_exists,
-        column,
-        K,
-    )
+    in_lse = (start + first).to(tl.int64) * NUM_HEADS + head + (row // HEADS) * NUM_HEADS + row % HEADS
+    tl.store(lse + in_lse, row_lse, mask=first + row // HEADS < length)
+    sums = sums * (1.0 / total)[:, None]
+    _store_tile(output, sums, start + first, end, head, NUM_HEADS * K, K, PADDED_K, ROWS, HEADS)
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -319,11 +359,10 @@ def _grad_q_kernel(
     output,
     grad_output,
     lse,
-    log2_lse,
-    delta,
+    statistics,
     grad_q,
     work,
-    num_rows,
+    statistics_stride,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -338,6 +377,7 @@ def _grad_q_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = NUM_HEADS // HEADS
@@ -350,50 +390,35 @@ def _grad_q_kernel(
     if length == 0:
         return
     first = tl.load(entry + 2) * TOKENS
+    end = start + length
+    group = head // REPEATS
 
-    row_head = tl.arange(0, ROWS) % HEADS
-    row_token = tl.arange(0, ROWS) // HEADS
-    query = first + row_token
-    row_exists = query < length
-    column = tl.arange(0, PADDED_K)[None, :]
-    lane = tl.arange(0, KEYS)
-    row_offset = (start + first).to(tl.int64)
-    offset = row_offset * STRIDE + head * K
-    in_tile = (row_token * STRIDE + row_head * K)[:, None] + column
-    q_tile = _load_tile(
-        q + row_offset * Q_STRIDE + head * K + (row_token * Q_STRIDE + row_head * K)[:, None] + column,
-        row_exists,
-        column,
-        K,
-    )
-    g_tile = _load_tile(grad_output + offset + in_tile, row_exists, column, K)
-    y_tile = _load_tile(output + offset + in_tile, row_exists, column, K)
-    row_delta = tl.sum(g_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    in_lse = row_offset * NUM_HEADS + head + row_token * NUM_HEADS + row_head
-    row_lse = tl.load(lse + in_lse, mask=row_exists, other=0.0) * 1.4426950408889634
-    place = _statistics(head + row_head, row_offset + row_token, num_rows, KEY_HEADS)
-    tl.store(delta + place, row_delta, mask=row_exists)
-    tl.store(log2_lse + place, row_lse, mask=row_exists)
-    k_rows = k + start.to(tl.int64) * K_STRIDE + (head // REPEATS) * K
-    v_rows = v + start.to(tl.int64) * V_STRIDE + (head // REPEATS) * K
+    q_tile = _load_tile(q, start + first, end, head, Q_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
+    g_tile = _load_tile(grad_output, start + first, end, head, STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
+    y_tile = _load_tile(output, start + first, end, head, STRIDE, K, PADDED_K, ROWS, HEADS, False)
+    row = tl.arange(0, ROWS)
+    row_head = head + row % HEADS
+    row_exists = first + row // HEADS < length
+    row_token = (start + first).to(tl.int64) + row // HEADS
+    negative_delta = -tl.sum(g_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
+    row_lse = tl.load(lse + row_token * NUM_HEADS + row_head, mask=row_exists, other=0.0) * 1.4426950408889634
+    place = (row_head // KEY_HEADS).to(tl.int64) * statistics_stride + (row_token * KEY_HEADS + row_head % KEY_HEADS) * 2
+    tl.store(statistics + place, row_lse, mask=row_exists)
+    tl.store(statistics + place + 1, negative_delta, mask=row_exists)
 
     sums = tl.zeros([ROWS, PADDED_K], dtype=tl.float32)
-    last = tl.minimum(first + TOKENS, length)
-    for position in range(_first_key(first, KEYS, WINDOW), last, KEYS):
-        key = position + lane
-        k_tile = _load_tile(
-            k_rows + position.to(tl.int64) * K_STRIDE + lane[:, None] * K_STRIDE + column, key < length, column, K
-        )
-        v_tile = _load_tile(
-            v_rows + position.to(tl.int64) * V_STRIDE + lane[:, None] * V_STRIDE + column, key < length, column, K
-        )
+    for position in range(_first_key(first, KEYS, WINDOW), tl.minimum(first + TOKENS, length), KEYS):
+        k_tile = _load_tile(k, start + position, end, group, K_STRIDE, K, PADDED_K, KEYS, 1, DESCRIPTORS)
+        v_tile = _load_tile(v, start + position, end, group, V_STRIDE, K, PADDED_K, KEYS, 1, DESCRIPTORS)
         weights = _exp2(tl.dot(q_tile, tl.trans(k_tile)) * log2_scale - row_lse[:, None], APPROXIMATE)
         if _is_partly_hidden(first, first + TOKENS - 1, position, position + KEYS - 1, WINDOW):
-            weights = tl.where(_is_visible(query[:, None], key[None, :], WINDOW), weights, 0.0)
-        grad_scores = weights * (tl.dot(g_tile, tl.trans(v_tile)) - row_delta[:, None])
+            query = (first + tl.arange(0, ROWS) // HEADS)[:, None]
+            key = (position + tl.arange(0, KEYS))[None, :]
+            weights = tl.where(_is_visible(query, key, WINDOW), weights, 0.0)
+        grad_scores = weights * (tl.dot(g_tile, tl.trans(v_tile)) + negative_delta[:, None])
         sums = tl.dot(grad_scores.to(k_tile.dtype), k_tile, sums)
 
-    _store_tile(grad_q + offset + in_tile, (sums * scale).to(grad_q.dtype.element_ty), row_exists, column, K)
+    _store_tile(grad_q, sums * scale, start + first, end, head, STRIDE, K, PADDED_K, ROWS, HEADS)
 
 
 @triton.jit
@@ -402,12 +427,11 @@ def _grad_kv_kernel(
     k,
     v,
     grad_output,
-    log2_lse,
-    delta,
+    statistics,
     grad_k,
     grad_v,
     work,
-    num_rows,
+    statistics_stride,
     scale,
     log2_scale,
     Q_STRIDE: tl.constexpr,
@@ -421,6 +445,7 @@ def _grad_kv_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     GROUPS: tl.constexpr = NUM_HEADS // REPEATS
@@ -434,82 +459,112 @@ def _grad_kv_kernel(
     if length == 0:
         return
     first = (tl.cdiv(length, KEYS) - 1 - tl.load(entry + 2)) * KEYS  # the rank counts from the end
+    end = start + length
 
-    lane = tl.arange(0, KEYS)
-    key = first + lane
-    key_exists = key < length
-    column = tl.arange(0, PADDED_K)[None, :]
-    row_offset = (start + first).to(tl.int64)
-    k_tile = _load_tile(
-        k + row_offset * K_STRIDE + group * K + lane[:, None] * K_STRIDE + column, key_exists, column, K
-    )
-    v_tile = _load_tile(
-        v + row_offset * V_STRIDE + group * K + lane[:, None] * V_STRIDE + column, key_exists, column, K
-    )
-    row = tl.arange(0, ROWS)
-    row_head = row % HEADS
-    row_token = row // HEADS
-    in_q_tile = (row_token * Q_STRIDE + row_head * K)[:, None] + column
-    in_g_tile = (row_token * G_STRIDE + row_head * K)[:, None] + column
-    head = group * REPEATS
-    q_rows = q + row_offset * Q_STRIDE + head * K
-    g_rows = grad_output + row_offset * G_STRIDE + head * K
-
+    # By pointers: the compiler leaves them in shared memory, while tiles of descriptors would fill 64 registers.
+    k_tile = _load_tile(k, start + first, end, group, K_STRIDE, K, PADDED_K, KEYS, 1, False)
+    v_tile = _load_tile(v, start + first, end, group, V_STRIDE, K, PADDED_K, KEYS, 1, False)
     last = length
     if WINDOW != 0:
         last = tl.minimum(length, first + KEYS + WINDOW - 1)
     num_steps = tl.cdiv(last - first, TOKENS)
     k_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
     v_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
-    for step in range(num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
+    for step in range(0, num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
         part = 0 if PARTS == 1 else step // num_steps
-        position = (step - part * num_steps) * TOKENS  # from the first key on
-        query = first + position + row_token
-        row_exists = query < length
-        q_tile = _load_tile(
-            q_rows + position.to(tl.int64) * Q_STRIDE + part * (HEADS * K) + in_q_tile, row_exists, column, K
+        position = first + (step - part * num_steps) * TOKENS
+        head = group * REPEATS + part * HEADS
+        q_tile = _load_tile(q, start + position, end, head, Q_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
+        g_tile = _load_tile(grad_output, start + position, end, head, G_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
+        log2_lse, negative_delta = _load_statistics(
+            statistics, group * PARTS + part, start + position, end, statistics_stride, ROWS, HEADS, DESCRIPTORS
         )
-        g_tile = _load_tile(
-            g_rows + position.to(tl.int64) * G_STRIDE + part * (HEADS * K) + in_g_tile, row_exists, column, K
-        )
-        place = _statistics(head + part * HEADS, row_offset + position, num_rows, HEADS)
-        row_lse = tl.load(log2_lse + place + row)  # behind the row's end there is room, behind a document's no meaning
-        row_delta = tl.load(delta + place + row)
-        weights = _exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - row_lse[None, :], APPROXIMATE)
-        hidden = _is_partly_hidden(first + position, first + position + TOKENS - 1, first, first + KEYS - 1, WINDOW)
-        if hidden | (first + position + TOKENS > length):
-            visible = _is_visible(query[None, :], key[:, None], WINDOW) & row_exists[None, :]
-            weights = tl.where(visible, weights, 0.0)
+        weights = _exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - log2_lse[None, :], APPROXIMATE)
+        hidden = _is_partly_hidden(position, position + TOKENS - 1, first, first + KEYS - 1, WINDOW)
+        if hidden | (position + TOKENS > length):
+            query = (position + tl.arange(0, ROWS) // HEADS)[None, :]
+            key = (first + tl.arange(0, KEYS))[:, None]
+            weights = tl.where(_is_visible(query, key, WINDOW) & (query < length), weights, 0.0)
         v_sums = tl.dot(weights.to(g_tile.dtype), g_tile, v_sums)
-        grad_scores = weights * (tl.dot(v_tile, tl.trans(g_tile)) - row_delta[None, :])
+        grad_scores = weights * (tl.dot(v_tile, tl.trans(g_tile)) + negative_delta[None, :])
         k_sums = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sums)
 
-    target = row_offset * (GROUPS * K) + group * K + lane[:, None] * (GROUPS * K) + column
-    _store_tile(grad_v + target, v_sums.to(grad_v.dtype.element_ty), key_exists, column, K)
-    _store_tile(grad_k + target, (k_sums * scale).to(grad_k.dtype.element_ty), key_exists, column, K)
+    _store_tile(grad_v, v_sums, start + first, end, group, GROUPS * K, K, PADDED_K, KEYS, 1)
+    _store_tile(grad_k, k_sums * scale, start + first, end, group, GROUPS * K, K, PADDED_K, KEYS, 1)
 
 
 # ------------------------------------------------------------------------------------------------ launches
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What the three launches have in common."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    window: int | None
+
+    @property
+    def repeats(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    def padded_width(self) -> int:
+        return max(16, triton.next_power_of_2(self.q.shape[2]))
+
+    def queries(self, tensor: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+        """[T, H, K] as the kernels read it: P heads of M / P tokens at once."""
+        heads = tile.heads(self.repeats)
+        return self._source(tensor, tile, (tile.rows // heads, heads))
+
+    def keys(self, tensor: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+        """[T, G, K] as the kernels read it: one head of N tokens at once."""
+        return self._source(tensor, tile, (tile.keys, 1))
+
+    def _source(self, tensor: Tensor, tile: Tile, block: tuple[int, int]) -> Tensor | TensorDescriptor:
+        if not tile.descriptors:
+            return tensor
+        strides = [tensor.stride(0), tensor.shape[2], 1]
+        return TensorDescriptor(tensor, list(tensor.shape), strides, [*block, self.padded_width()])
+
+    def constants(self, tile: Tile) -> dict[str, int]:
+        _, num_heads, width = self.q.shape
+        return {
+            "Q_STRIDE": self.q.stride(0),
+            "K_STRIDE": self.k.stride(0),
+            "V_STRIDE": self.v.stride(0),
+            "NUM_HEADS": num_heads,
+            "REPEATS": self.repeats,
+            "HEADS": tile.heads(self.repeats),
+            "K": width,
+            "PADDED_K": self.padded_width(),
+            "ROWS": tile.rows,
+            "KEYS": tile.keys,
+            "WINDOW": self.window or 0,
+            "DESCRIPTORS": tile.descriptors,
+            "APPROXIMATE": self.q.is_cuda,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, work: Tensor, *, scale: float, window: int | None, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """[T, H, K] output and [T, H] float32 log-sum-exp; `work` in blocks of `tile.tokens(R)` tokens."""
-    num_tokens, num_heads, width = q.shape
-    repeats = num_heads // k.shape[1]
+    num_tokens, num_heads, _ = q.shape
+    launch = _Launch(q, k, v, window)
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    heads = tile.heads(repeats)
-    _forward_kernel[(work.shape[0] * (num_heads // heads),)](
-        q,
-        k,
-        v,
+    _forward_kernel[(work.shape[0] * (num_heads // tile.heads(launch.repeats)),)](
+        launch.queries(q, tile),
+        launch.keys(k, tile),
+        launch.keys(v, tile),
         output,
         lse,
         work,
         scale * _LOG2_E,
-        **_shapes(q, k, v, heads, tile, window),
+        **launch.constants(tile),
     )
     return output, lse
 
@@ -535,63 +590,47 @@ def backward(
     key_work:            in blocks of `tiles.keys.keys` tokens
     """
     num_tokens, num_heads, _ = q.shape
-    groups = k.shape[1]
-    repeats = num_heads // groups
+    num_groups = k.shape[1]
+    launch = _Launch(q, k, v, window)
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    # The second kernel reads whole tiles of these two.
-    num_rows = num_tokens + tiles.keys.rows
-    log2_lse, delta = torch.empty(2, num_rows * num_heads, dtype=torch.float32, device=q.device)
-    heads = tiles.queries.heads(repeats)
-    _grad_q_kernel[(query_work.shape[0] * (num_heads // heads),)](
-        q,
-        k,
-        v,
+    statistics = _new_statistics(q, tiles.keys.heads(launch.repeats))
+    tile = tiles.queries
+    _grad_q_kernel[(query_work.shape[0] * (num_heads // tile.heads(launch.repeats)),)](
+        launch.queries(q, tile),
+        launch.keys(k, tile),
+        launch.keys(v, tile),
         output,
-        grad_output,
+        launch.queries(grad_output, tile),
         lse,
-        log2_lse,
-        delta,
+        statistics,
         grad_q,
         query_work,
-        num_rows,
+        statistics.stride(0),
         scale,
         scale * _LOG2_E,
-        KEY_HEADS=tiles.keys.heads(repeats),
-        **_shapes(q, k, v, heads, tiles.queries, window),
+        KEY_HEADS=tiles.keys.heads(launch.repeats),
+        **launch.constants(tile),
     )
-    _grad_kv_kernel[(key_work.shape[0] * groups,)](
-        q,
+    tile = tiles.keys
+    _grad_kv_kernel[(key_work.shape[0] * num_groups,)](
+        launch.queries(q, tile),
         k,
         v,
-        grad_output,
-        log2_lse,
-        delta,
+        launch.queries(grad_output, tile),
+        TensorDescriptor.from_tensor(statistics, [1, 2 * tile.rows]) if tile.descriptors else statistics,
         grad_k,
         grad_v,
         key_work,
-        num_rows,
+        statistics.stride(0),
         scale,
         scale * _LOG2_E,
-        **_shapes(q, k, v, tiles.keys.heads(repeats), tiles.keys, window),
+        **launch.constants(tile),
     )
     return grad_q, grad_k, grad_v
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile, window: int | None) -> dict[str, int]:
-    _, num_heads, width = q.shape
-    return {
-        "Q_STRIDE": q.stride(0),
-        "K_STRIDE": k.stride(0),
-        "V_STRIDE": v.stride(0),
-        "NUM_HEADS": num_heads,
-        "REPEATS": num_heads // k.shape[1],
-        "HEADS": heads,
-        "K": width,
-        "PADDED_K": max(16, triton.next_power_of_2(width)),
-        "ROWS": tile.rows,
-        "KEYS": tile.keys,
-        "WINDOW": window or 0,
-        "APPROXIMATE": q.device.type == "cuda",
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def _new_statistics(q: Tensor, heads: int) -> Tensor:
+    """[H / P, T · P · 2] float32: log₂ lse and −D of P heads next to each other. Rows begin at multiples of 16 bytes."""
+    num_tokens, num_heads, _ = q.shape
+    padded = torch.empty(num_heads // heads, (num_tokens + 1) // 2 * heads * 4, dtype=torch.float32, device=q.device)
+    return padded[:, : num_tokens * heads * 2]

@@ -14,7 +14,7 @@ could read it again after the other has written it.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -32,11 +32,33 @@ if TYPE_CHECKING:
     from affina.kernels.qk_rope import Heads, QkvUpdate
 
 _WARP = 32
-_NUM_WARPS = 4
-_HEADS_PER_PROGRAM = 4
-_PLAIN_TILE_ELEMENTS = 1024
-_UPDATE_TILE_ELEMENTS = 2048
-_MIN_BLOCK_TOKENS = 16
+_MIN_UPDATED_TOKENS = 16
+_MAX_SHARED_BYTES = 49152
+
+
+class Tile(NamedTuple):
+    """What a program works on.
+
+    elements: of half a head in a block of tokens
+    heads:    that a program walks over
+    stages:   heads whose loads are under way at once, through shared memory; 1: one head after the other
+    """
+
+    elements: int
+    heads: int
+    warps: int
+    stages: int
+
+
+TILES = {
+    ("forward", "plain"): Tile(elements=1024, heads=4, warps=4, stages=1),
+    ("forward", "update"): Tile(elements=1024, heads=4, warps=4, stages=3),
+    ("backward", "plain"): Tile(elements=1024, heads=4, warps=4, stages=1),
+    ("backward", "update"): Tile(elements=1024, heads=4, warps=4, stages=3),
+}
+"""By kernel, and by whether it adds low-rank updates. Sixteen tokens are the fewest that matrix units multiply, 1,024
+elements of a head of 128; more take registers (32 tokens: 122 forward and 168 backward instead of 79 and 114) and with
+them programs side by side."""
 
 
 @triton.jit
@@ -99,7 +121,7 @@ def _load_half_row(pointer, rows, stride, token_mask, halves, half_mask):
 
 @triton.jit
 def _reciprocal_root_mean_square(first, second, epsilon, HALF: tl.constexpr):
-    return tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + epsilon)[:, None]
+    return tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (2 * HALF) + epsilon)[:, None]
 
 
 @triton.jit
@@ -148,7 +170,9 @@ def _forward_heads(
         first_t = 0.0
     for step in tl.range(0, HEADS_PER_PROGRAM, num_stages=STAGES):
         head = first_head + step
-        head_mask = half_mask & (head < NUM_HEADS)
+        head_mask = half_mask
+        if NUM_HEADS % HEADS_PER_PROGRAM != 0:
+            head_mask &= head < NUM_HEADS
         mask = token_mask[:, None] & head_mask[None, :]
         column = head * (2 * HALF)
         first, second = _load_head(
@@ -382,7 +406,9 @@ def _backward_heads(
         first_t = 0.0
     for step in tl.range(0, HEADS_PER_PROGRAM, num_stages=STAGES):
         head = first_head + step
-        head_mask = half_mask & (head < NUM_HEADS)
+        head_mask = half_mask
+        if NUM_HEADS % HEADS_PER_PROGRAM != 0:
+            head_mask &= head < NUM_HEADS
         mask = token_mask[:, None] & head_mask[None, :]
         column = head * (2 * HALF)
         grads = grad_ptr + tokens[:, None] * grad_stride + head * grad_head_stride + halves[None, :]
@@ -420,7 +446,7 @@ def _backward_heads(
             second *= rstd
             first_out *= first_weight
             second_out *= second_weight
-            mean = (tl.sum(first_out * first, axis=1) + tl.sum(second_out * second, axis=1))[:, None] / (2 * HALF)
+            mean = tl.sum(first_out * first + second_out * second, axis=1)[:, None] / (2 * HALF)
             first_out = rstd * (first_out - first * mean)
             second_out = rstd * (second_out - second * mean)
         pointers = out_ptr + tokens[:, None] * out_stride + (first_column + column + halves)[None, :]
@@ -606,8 +632,8 @@ def launch_forward(
     ranks = lora.ranks if lora is not None else (0, 0, 0)
     factors = lora.factors if lora is not None else (None, None, None)
     scales = lora.scales if lora is not None else (0.0, 0.0, 0.0)
-    tile = _tile(heads, has_update=any(ranks))
-    num_groups = _num_groups(heads, with_values=v is not None)
+    tile = _tile("forward", heads, ranks, qkv.element_size())
+    num_groups = _num_groups(heads, tile, with_values=v is not None)
     _forward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
         qkv,
         q,
@@ -660,9 +686,9 @@ def launch_backward(
     ranks = lora.ranks if lora is not None else (0, 0, 0)
     factors = lora.factors[:2] if lora is not None else (None, None)
     scales = lora.scales[:2] if lora is not None else (0.0, 0.0)
-    recomputes_update = (q_weight is not None and ranks[0] > 0) or (k_weight is not None and ranks[1] > 0)
-    tile = _tile(heads, has_update=recomputes_update)
-    num_groups = _num_groups(heads, with_values=True)
+    added_ranks = (ranks[0] if q_weight is not None else 0, ranks[1] if k_weight is not None else 0)
+    tile = _tile("backward", heads, added_ranks, qkv.element_size())
+    num_groups = _num_groups(heads, tile, with_values=True)
     _backward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
         *grads,
         qkv,
@@ -697,26 +723,31 @@ def launch_backward(
     )
 
 
-def _tile(heads: Heads, *, has_update: bool) -> dict[str, Any]:
-    """Launch arguments. With an update a block has more tokens, since each block of them reads B once per head."""
+def _tile(kernel: str, heads: Heads, ranks: tuple[int, ...], element_bytes: int) -> dict[str, Any]:
+    """Launch arguments of a program; `ranks` are those of the updates that the kernel adds."""
+    rank = max(ranks)
+    tile = TILES[kernel, "update" if rank > 0 else "plain"]
     block_half = max(16, triton.next_power_of_2(heads.head_dim // 2))
-    elements = _UPDATE_TILE_ELEMENTS if has_update else _PLAIN_TILE_ELEMENTS
-    block_tokens = max(_MIN_BLOCK_TOKENS, elements // block_half)
-    assert block_tokens * block_half >= _NUM_WARPS * _WARP
+    block_tokens = max(_MIN_UPDATED_TOKENS if rank > 0 else 1, tile.elements // block_half)
+    num_warps = min(tile.warps, block_tokens * block_half // _WARP)
+    rows_per_head = 2 * block_tokens * (2 if kernel == "backward" else 1)
+    columns_of_b = 2 * fitting_block_rank(rank, block_half, element_bytes) if rank > 0 else 0
+    head_bytes = (rows_per_head + columns_of_b) * block_half * element_bytes
     return {
         "BLOCK_TOKENS": block_tokens,
         "BLOCK_HALF": block_half,
-        "HEADS_PER_PROGRAM": _HEADS_PER_PROGRAM,
-        "STAGES": 1,
-        "num_warps": _NUM_WARPS,
+        "HEADS_PER_PROGRAM": tile.heads,
+        "STAGES": max(1, min(tile.stages, _MAX_SHARED_BYTES // head_bytes)),
+        "num_warps": num_warps,
         "num_stages": 1,
     }
 
 
-def _num_groups(heads: Heads, *, with_values: bool) -> int:
+def _num_groups(heads: Heads, tile: dict[str, Any], *, with_values: bool) -> int:
     """Programs that share a block of tokens; the kernels compute the same."""
-    kv_groups = -(-heads.num_kv_heads // _HEADS_PER_PROGRAM)
-    return -(-heads.num_heads // _HEADS_PER_PROGRAM) + kv_groups * (2 if with_values else 1)
+    heads_per_program: int = tile["HEADS_PER_PROGRAM"]
+    kv_groups = -(-heads.num_kv_heads // heads_per_program)
+    return -(-heads.num_heads // heads_per_program) + kv_groups * (2 if with_values else 1)
 
 
 def _token_and_head_stride(grad: Tensor) -> tuple[int, int]:

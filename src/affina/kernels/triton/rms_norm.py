@@ -1,13 +1,14 @@
 """Triton kernels of `affina.kernels.rms_norm`, whose docstring holds the maths.
 
 A program owns whole rows, a tile [ROWS, BLOCK] with BLOCK the next power of two of D: one row of a wide model, several
-of a narrow one. It holds them in registers from the only read to the only write, so that writing over an input is safe.
-For that every thread must own elements of its own (ROWS · BLOCK ≥ threads · `_ELEMENTS_PER_THREAD`): where two threads
-hold the same element, one could read it again after the other has written it.
+of a narrow one; it may go through several such tiles, the loads of the next under way while it works on one. It holds
+them in registers from the only read to the only write, so that writing over an input is safe. For that every thread
+must own elements of its own (ROWS · BLOCK ≥ threads · `_MIN_ELEMENTS_PER_THREAD`): where two threads hold the same
+element, one could read it again after the other has written it.
 
-With a low-rank update a program owns BLOCK_ROWS rows, since matrix units multiply at least 16 rows at once, and these are
-too many to hold: it walks over tiles [BLOCK_ROWS, BLOCK_COLUMNS] of them, adds and stores s, and walks over s again,
-which lies in the cache, to normalise it.
+With a low-rank update a program owns BLOCK_ROWS rows, since matrix units multiply at least 16 rows at once, and these
+are too many to hold: it walks over tiles [BLOCK_ROWS, BLOCK_COLUMNS] of them, adds and stores s, and walks over s
+again, which lies in the cache, to normalise it.
 
 `num_rows` is not specialised: another number of rows must not compile another kernel in the middle of a run.
 """
@@ -15,24 +16,66 @@ which lies in the cache, to normalise it.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-untyped, import-not-found"
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from affina.kernels.triton.low_rank import fitting_block_rank, low_rank_tile, must_widen, row_stride
+from affina.kernels.triton.low_rank import (
+    fitting_block_rank,
+    load_left_factor,
+    low_rank_product,
+    must_widen,
+    row_stride,
+)
 
 if TYPE_CHECKING:
     from affina.kernels.rms_norm import RowUpdate
 
-_ELEMENTS_PER_THREAD = 8
 _WARP = 32
+_MIN_ELEMENTS_PER_THREAD = 8
+_MIN_PROGRAMS = 1024
+_MAX_SHARED_BYTES = 49152
 
-_UPDATED_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "STAGES": 2, "num_warps": 4, "num_stages": 1}
-_ADD_TILE = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": 4, "num_stages": 1}
-"""Tiles with a low-rank update. One stage: to hold the factors of several tiles in shared memory would cost more
-programs side by side than their loads take."""
+
+class RowTile(NamedTuple):
+    """How a program goes through whole rows.
+
+    elements: of a row that a thread holds at most; more threads only where a row is short
+    steps:    tiles of rows, one after the other
+    stages:   steps whose loads are under way at once, through shared memory; 1: one step after the other
+    """
+
+    elements: int
+    steps: int
+    stages: int
+
+
+class UpdateTile(NamedTuple):
+    """The tile of a program that adds a low-rank update. stages: tiles of a row whose loads are under way at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+ROW_TILES = {
+    "forward": RowTile(elements=24, steps=1, stages=1),
+    "sum": RowTile(elements=24, steps=1, stages=1),
+    "backward": RowTile(elements=24, steps=1, stages=1),
+}
+"""By kernel; "sum" is the forward kernel with the residual addition. A row of 2,560 on four warps: 48, 63 and 72
+registers a thread, so that 10, 8 and 7 rows are under way on an SM of 64 Ki registers (6, 5 and 5 on eight warps)."""
+UPDATE_TILES = {
+    "sum": UpdateTile(rows=16, columns=256, warps=8, stages=3),
+    "add": UpdateTile(rows=32, columns=128, warps=4, stages=1),
+}
+"""With a low-rank update: the sum with its norm, and the sum alone. Loads that run ahead through shared memory also
+spare the conversion of x and of the update to the layout of the matrix units' products. Few and wide programs, two to
+an SM, since what they have stored of s must stay in the cache until they read it again: 16 rows each, 21 MiB in all on
+132 SMs; four warps on 128 columns, five to an SM, would have 52 MiB under way."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -53,25 +96,27 @@ def _forward_kernel(
     HAS_UPDATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    rows_long = rows.to(tl.int64)[:, None]
-    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        rows = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        rows_long = rows.to(tl.int64)[:, None]
+        mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+        x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0)
+        if HAS_UPDATE:
+            update = tl.load(update_ptr + rows_long * update_stride + columns[None, :], mask=mask, other=0.0)
+            x = (x.to(tl.float32) + update.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        wide = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + epsilon)
+        y = wide * rstd[:, None] * weight
 
-    x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    if HAS_UPDATE:
-        update = tl.load(update_ptr + rows_long * update_stride + columns[None, :], mask=mask, other=0.0)
-        x = (x.to(tl.float32) + update.to(tl.float32)).to(x_ptr.dtype.element_ty)
-    wide = x.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + epsilon)
-    y = wide * rstd[:, None] * weight[None, :]
-
-    if HAS_UPDATE:
-        tl.store(sum_ptr + rows_long * sum_stride + columns[None, :], x, mask=mask)
-    tl.store(y_ptr + rows_long * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        if HAS_UPDATE:
+            tl.store(sum_ptr + rows_long * sum_stride + columns[None, :], x, mask=mask)
+        tl.store(y_ptr + rows_long * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -91,31 +136,35 @@ def _backward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    rows_long = rows.to(tl.int64)[:, None]
-    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        rows = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        rows_long = rows.to(tl.int64)[:, None]
+        mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+        grad = tl.load(grad_ptr + rows_long * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + rows_long * residual_stride + columns[None, :], mask=mask, other=0.0)
 
-    grad = tl.load(grad_ptr + rows_long * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows_long * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-
-    grad_normalised = grad * weight[None, :]
-    normalised = x * rstd[:, None]
-    mean = tl.sum(grad_normalised * normalised, axis=1) / WIDTH
-    gradient = rstd[:, None] * (grad_normalised - normalised * mean[:, None])
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows_long * residual_stride + columns[None, :], mask=mask, other=0.0)
-        gradient += residual.to(tl.float32)
-    tl.store(out_ptr + rows_long * out_stride + columns[None, :], gradient.to(out_ptr.dtype.element_ty), mask=mask)
+        grad_normalised = grad * weight
+        normalised = x * rstd
+        mean = (tl.sum(grad_normalised * normalised, axis=1) / WIDTH)[:, None]
+        gradient = rstd * (grad_normalised - normalised * mean)
+        if HAS_RESIDUAL:
+            gradient += residual.to(tl.float32)
+        tl.store(out_ptr + rows_long * out_stride + columns[None, :], gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _load_sum(
     x_ptr,
     update_ptr,
+    first_t,
     t_ptr,
     b_ptr,
     x_stride,
@@ -129,15 +178,14 @@ def _load_sum(
     column_mask,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """[BLOCK_ROWS, BLOCK_COLUMNS] in the type of x: x + update + scale · t Bᵀ; zeros beyond the masks."""
     mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     update = tl.load(update_ptr + rows[:, None] * update_stride + columns[None, :], mask=mask, other=0.0)
-    product = low_rank_tile(
+    product = low_rank_product(
+        first_t,
         t_ptr,
         t_stride,
         b_ptr,
@@ -148,8 +196,6 @@ def _load_sum(
         column_mask,
         RANK,
         BLOCK_RANK,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
         WIDEN,
     )
     return (x.to(tl.float32) + update.to(tl.float32) + scale * product).to(x_ptr.dtype.element_ty)
@@ -184,6 +230,7 @@ def _updated_forward_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < num_rows
+    first_t = load_left_factor(t_ptr, t_stride, rows, row_mask, 0, RANK, BLOCK_RANK, WIDEN)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
     for first in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
@@ -191,6 +238,7 @@ def _updated_forward_kernel(
         s = _load_sum(
             x_ptr,
             update_ptr,
+            first_t,
             t_ptr,
             b_ptr,
             x_stride,
@@ -204,8 +252,6 @@ def _updated_forward_kernel(
             column_mask,
             RANK,
             BLOCK_RANK,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
             WIDEN,
         )
         mask = row_mask[:, None] & column_mask[None, :]
@@ -253,9 +299,11 @@ def _add_kernel(
     columns = (program % num_column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     column_mask = columns < WIDTH
+    first_t = load_left_factor(t_ptr, t_stride, rows, row_mask, 0, RANK, BLOCK_RANK, WIDEN)
     s = _load_sum(
         x_ptr,
         update_ptr,
+        first_t,
         t_ptr,
         b_ptr,
         x_stride,
@@ -269,8 +317,6 @@ def _add_kernel(
         column_mask,
         RANK,
         BLOCK_RANK,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
         WIDEN,
     )
     mask = row_mask[:, None] & column_mask[None, :]
@@ -289,26 +335,23 @@ def launch_forward(
 ) -> None:
     """Write the norm of x, or of `sum_out` = x + update, to `out`, and its reciprocal to `rstd`."""
     assert (update is None) == (sum_out is None)
-    num_rows, width = x.shape
-    rows, block, num_warps = _tile(width)
-    _forward_kernel[(triton.cdiv(num_rows, rows),)](
+    tile, num_programs = _row_tile(x, ROW_TILES["forward" if update is None else "sum"], 1 if update is None else 2)
+    _forward_kernel[(num_programs,)](
         x,
         x if update is None else update,
         weight,
         x if sum_out is None else sum_out,
         out,
         rstd,
-        num_rows,
+        x.shape[0],
         row_stride(x),
         0 if update is None else row_stride(update),
         0 if sum_out is None else row_stride(sum_out),
         row_stride(out),
         epsilon,
-        WIDTH=width,
+        WIDTH=x.shape[1],
         HAS_UPDATE=update is not None,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=num_warps,
+        **tile,
     )
 
 
@@ -324,9 +367,8 @@ def launch_updated_forward(
     rstd: Tensor,
 ) -> None:
     """Write x + update + scale · t Bᵀ to `sum_out`, the norm of that to `out`, and its reciprocal to `rstd`."""
-    num_rows, width = x.shape
-    tile = _UPDATED_TILE
-    _updated_forward_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
+    tile = _update_tile(lora, UPDATE_TILES["sum"])
+    _updated_forward_kernel[(triton.cdiv(x.shape[0], tile["BLOCK_ROWS"]),)](
         x,
         update,
         lora.t,
@@ -335,12 +377,11 @@ def launch_updated_forward(
         sum_out,
         out,
         rstd,
-        num_rows,
+        x.shape[0],
         *(row_stride(rows) for rows in (x, update, lora.t, lora.b, sum_out, out)),
         lora.scale,
         epsilon,
-        WIDTH=width,
-        **_rank_constants(lora, tile["BLOCK_COLUMNS"]),
+        WIDTH=x.shape[1],
         **tile,
     )
 
@@ -348,8 +389,9 @@ def launch_updated_forward(
 def launch_add(x: Tensor, update: Tensor, lora: RowUpdate, out: Tensor) -> None:
     """Write x + update + scale · t Bᵀ to `out`."""
     num_rows, width = x.shape
-    tile = _ADD_TILE
+    tile = _update_tile(lora, UPDATE_TILES["add"])
     num_programs = triton.cdiv(num_rows, tile["BLOCK_ROWS"]) * triton.cdiv(width, tile["BLOCK_COLUMNS"])
+    del tile["STAGES"]
     _add_kernel[(num_programs,)](
         x,
         update,
@@ -360,50 +402,65 @@ def launch_add(x: Tensor, update: Tensor, lora: RowUpdate, out: Tensor) -> None:
         *(row_stride(rows) for rows in (x, update, lora.t, lora.b, out)),
         lora.scale,
         WIDTH=width,
-        **_rank_constants(lora, tile["BLOCK_COLUMNS"]),
         **tile,
     )
-
-
-def _rank_constants(lora: RowUpdate, block_columns: int) -> dict[str, int | bool]:
-    rank = lora.t.shape[1]
-    return {
-        "RANK": rank,
-        "BLOCK_RANK": fitting_block_rank(rank, block_columns, lora.b.element_size()),
-        "WIDEN": must_widen(lora.b),
-    }
 
 
 def launch_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, grad_residual: Tensor | None, out: Tensor
 ) -> None:
     """Write the gradient of x to `out`."""
-    num_rows, width = x.shape
-    rows, block, num_warps = _tile(width)
-    _backward_kernel[(triton.cdiv(num_rows, rows),)](
+    tile, num_programs = _row_tile(x, ROW_TILES["backward"], 2 if grad_residual is None else 3)
+    _backward_kernel[(num_programs,)](
         grad_output,
         x,
         weight,
         rstd,
         x if grad_residual is None else grad_residual,
         out,
-        num_rows,
+        x.shape[0],
         row_stride(grad_output),
         row_stride(x),
         0 if grad_residual is None else row_stride(grad_residual),
         row_stride(out),
-        WIDTH=width,
+        WIDTH=x.shape[1],
         HAS_RESIDUAL=grad_residual is not None,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=num_warps,
+        **tile,
     )
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program: 16 elements to a thread from 2,048 elements on, 32 in the widest rows."""
+def _row_tile(x: Tensor, tile: RowTile, num_inputs: int) -> tuple[dict[str, Any], int]:
+    """Launch arguments of a program that holds whole rows of `num_inputs` tensors, and the number of programs."""
+    num_rows, width = x.shape
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, 2048 // block)
-    num_warps = min(16, max(4, rows * block // 512))
-    assert rows * block >= num_warps * _WARP * _ELEMENTS_PER_THREAD
-    return rows, block, num_warps
+    num_warps = min(16, max(2, triton.next_power_of_2(triton.cdiv(rows * width, tile.elements * _WARP))))
+    num_warps = min(num_warps, rows * block // (_WARP * _MIN_ELEMENTS_PER_THREAD))
+    steps = tile.steps if num_rows >= _MIN_PROGRAMS * rows * tile.steps else 1
+    row_bytes = num_inputs * rows * block * x.element_size()
+    arguments = {
+        "ROWS": rows,
+        "BLOCK": block,
+        "STEPS": steps,
+        "STAGES": min(tile.stages, steps, 1 + _MAX_SHARED_BYTES // row_bytes),
+        "num_warps": num_warps,
+        "num_stages": 1,
+    }
+    return arguments, triton.cdiv(num_rows, rows * steps)
+
+
+def _update_tile(lora: RowUpdate, tile: UpdateTile) -> dict[str, Any]:
+    """Launch arguments of a program that adds a low-rank update."""
+    rank, element_bytes = lora.t.shape[1], lora.b.element_size()
+    rank_columns = fitting_block_rank(rank, tile.columns, element_bytes)
+    tile_bytes = (2 * tile.rows + rank_columns) * tile.columns * element_bytes
+    return {
+        "RANK": rank,
+        "BLOCK_RANK": rank_columns,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "WIDEN": must_widen(lora.b),
+        "STAGES": min(tile.stages, 1 + _MAX_SHARED_BYTES // tile_bytes),
+        "num_warps": tile.warps,
+        "num_stages": 1,
+    }

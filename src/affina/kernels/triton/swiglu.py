@@ -1,13 +1,13 @@
-"""Triton kernels of `affina.kernels.swiglu`, whose docstring holds the maths.
+"""Triton kernels of `affina.kernels.swiglu`, whose docstring holds the maths: without updates, and with any rank.
 
 A program owns a tile of M × I and reads the gate's and the up projection's elements of that tile, which lie I columns
 apart. It reads everything before it writes, so writing over an input is safe; the tile has at least
 `_ELEMENTS_PER_THREAD` elements for each thread, since of two threads that hold the same element one could read it again
 after the other has written it.
 
-With a low-rank update the tile is nearly square, so that t (a row of it for each row of the tile) and B (a row of it
-for each column) are each read once per side of the tile, from the cache: R · 2 · 2 b bytes for BLOCK_ROWS or
-BLOCK_COLUMNS elements.
+Low-rank updates of ranks up to 64 are the business of `swiglu_low_rank`. With a larger one the tile is nearly square,
+so that t (a row of it for each row of the tile) and B (a row of it for each column) are each read once per side of the
+tile, from the cache: R · 2 · 2 b bytes for BLOCK_ROWS or BLOCK_COLUMNS elements.
 
 `num_rows` is not specialised: another number of rows must not compile another kernel in the middle of a run.
 """
@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton import swiglu_low_rank
 from affina.kernels.triton.low_rank import block_rank, low_rank_tile, must_widen, row_stride
+from affina.kernels.triton.swiglu_low_rank import approximates, sigmoid
 
 if TYPE_CHECKING:
     from affina.kernels.swiglu import GateUpUpdate
@@ -98,13 +100,6 @@ def _load_gate_up(
     return gate, up
 
 
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) without a number beyond float32's range in between."""
-    z = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, z) / (1.0 + z)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     gate_up_ptr,
@@ -128,6 +123,7 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
+    APPROXIMATES: tl.constexpr,
 ):
     num_column_blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0)
@@ -159,7 +155,7 @@ def _forward_kernel(
         BLOCK_COLUMNS,
         WIDEN,
     )
-    activation = gate * _sigmoid(gate) * up
+    activation = gate * sigmoid(gate, APPROXIMATES) * up
     tl.store(
         out_ptr + rows[:, None] * out_stride + columns[None, :],
         activation.to(out_ptr.dtype.element_ty),
@@ -195,6 +191,7 @@ def _backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
+    APPROXIMATES: tl.constexpr,
 ):
     num_column_blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0)
@@ -228,9 +225,9 @@ def _backward_kernel(
         BLOCK_COLUMNS,
         WIDEN,
     )
-    sigmoid = _sigmoid(gate)
-    silu = gate * sigmoid
-    grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+    sigma = sigmoid(gate, APPROXIMATES)
+    silu = gate * sigma
+    grad_gate = grad * up * (sigma + silu * (1.0 - sigma))
     grad_up = grad * silu
 
     pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
@@ -246,6 +243,9 @@ def _backward_kernel(
 
 def launch_forward(gate_up: Tensor, lora: GateUpUpdate | None, out: Tensor) -> None:
     """Write silu(gate) · up to `out`."""
+    if lora is not None and swiglu_low_rank.takes(*lora.ranks):
+        swiglu_low_rank.launch_forward(gate_up, lora, out)
+        return
     tile, num_programs = _tile(out, lora)
     pointers, strides, constants = _update_arguments(gate_up, lora)
     _forward_kernel[(num_programs,)](
@@ -266,6 +266,9 @@ def launch_backward(
     grad_output: Tensor, gate_up: Tensor, lora: GateUpUpdate | None, out: Tensor, activation_out: Tensor | None
 ) -> None:
     """Write the gradients of gate and up to `out`, and silu(gate) · up to `activation_out` if it is given."""
+    if lora is not None and swiglu_low_rank.takes(*lora.ranks):
+        swiglu_low_rank.launch_backward(grad_output, gate_up, lora, out, activation_out=activation_out)
+        return
     tile, num_programs = _tile(grad_output, lora)
     pointers, strides, constants = _update_arguments(gate_up, lora)
     _backward_kernel[(num_programs,)](
@@ -311,6 +314,7 @@ def _update_arguments(
         "BLOCK_RANK_GATE": block_rank(rank_gate),
         "BLOCK_RANK_UP": block_rank(rank_up),
         "WIDEN": must_widen(gate_up),
+        "APPROXIMATES": approximates(gate_up),
     }
     if lora is None:
         return (gate_up, gate_up, gate_up), (0, 0, 0, 0.0, 0.0), constants

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _sigmoid(x, APPROXIMATES: tl.constexpr):
+def sigmoid(x, APPROXIMATES: tl.constexpr):
     """1 / (1 + exp(-x)).
 
-    APPROXIMATES: the device's own 2^x and 1/x, 2 units in the last place, subnormal numbers zero: 4 instructions instead
-    of 12 that treat the ends of float32's range exactly; ∞ gives the right 0. Elsewhere x < -87 counts as -87, so that
+    APPROXIMATES: the device's own 2^x and 1/x, within 2 units in the last place: 4 instructions instead of 12, which
+    treat the ends of float32's range exactly; here ∞ gives the right 0. Elsewhere x < -87 counts as -87, so that
     exp(-x) stays finite; x · σ(x) is below 10⁻³⁵ in size there.
     """
     if APPROXIMATES:
@@ -67,14 +67,14 @@ def _rank_rows(t_ptr, t_stride, rows, row_mask, RANK: tl.constexpr, BLOCK_RANK: 
 
 
 @triton.jit
-def _rank_sum(sums, t, wide, WIDEN: tl.constexpr):
-    """sums + tᵀ wide: [BLOCK_RANK, BLOCK_COLUMNS] from [BLOCK_ROWS, BLOCK_RANK] and [BLOCK_ROWS, BLOCK_COLUMNS].
+def _rank_sum(sums, wide, t, WIDEN: tl.constexpr):
+    """sums + wideᵀ t: [BLOCK_COLUMNS, BLOCK_RANK] from [BLOCK_ROWS, BLOCK_COLUMNS] and [BLOCK_ROWS, BLOCK_RANK].
 
-    This way round, ranks below 64 take the matrix units' synchronous instructions, which need no waiting in between.
+    The other way round (tᵀ wide) the matrix units would need no waiting for, but 40 registers more per thread.
     """
     if WIDEN:
         wide = wide.to(tl.float32)
-    return tl.dot(tl.trans(t), wide, sums, input_precision="ieee")
+    return tl.dot(tl.trans(wide), t, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -82,8 +82,8 @@ def _store_sums(
     workspace_ptr, sums, columns, column_mask, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDTH: tl.constexpr
 ):
     ranks = tl.arange(0, BLOCK_RANK)
-    mask = (ranks < RANK)[:, None] & column_mask[None, :]
-    tl.store(workspace_ptr + ranks[:, None] * WIDTH + columns[None, :], sums, mask=mask)
+    mask = (ranks < RANK)[None, :] & column_mask[:, None]
+    tl.store(workspace_ptr + ranks[None, :] * WIDTH + columns[:, None], sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_per_chunk"])
@@ -136,7 +136,7 @@ def _forward_kernel(
         if RANK_UP > 0:
             t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
             up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
-        activation = gate * _sigmoid(gate, APPROXIMATES) * up
+        activation = gate * sigmoid(gate, APPROXIMATES) * up
         out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
         tl.store(out_pointers, activation.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -186,12 +186,12 @@ def _backward_kernel(
     column_mask = columns < WIDTH
     if RANK_GATE > 0:
         b_gate = _factor(b_gate_ptr, b_gate_stride, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDEN)
-        sums_gate = tl.zeros([BLOCK_RANK_GATE, BLOCK_COLUMNS], dtype=tl.float32)
+        sums_gate = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_GATE], dtype=tl.float32)
     if RANK_UP > 0:
         b_up = _factor(b_up_ptr, b_up_stride, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
-        sums_up = tl.zeros([BLOCK_RANK_UP, BLOCK_COLUMNS], dtype=tl.float32)
+        sums_up = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_UP], dtype=tl.float32)
     if RANK_DOWN > 0:
-        sums_down = tl.zeros([BLOCK_RANK_DOWN, BLOCK_COLUMNS], dtype=tl.float32)
+        sums_down = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK_DOWN], dtype=tl.float32)
     first_row = chunk * blocks_per_chunk * BLOCK_ROWS
     for block in tl.range(0, blocks_per_chunk, num_stages=STAGES):
         rows = first_row + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
@@ -208,10 +208,10 @@ def _backward_kernel(
             t_up = _rank_rows(t_ptr + RANK_GATE, t_stride, rows, row_mask, RANK_UP, BLOCK_RANK_UP, WIDEN)
             up += scale_up * tl.dot(t_up, b_up, input_precision="ieee")
 
-        sigmoid = _sigmoid(gate, APPROXIMATES)
-        silu = gate * sigmoid
+        sigma = sigmoid(gate, APPROXIMATES)
+        silu = gate * sigma
         grad_up = (grad * silu).to(out_ptr.dtype.element_ty)
-        grad_gate = (grad * up * (sigmoid + silu * (1.0 - sigmoid))).to(out_ptr.dtype.element_ty)
+        grad_gate = (grad * up * (sigma + silu * (1.0 - sigma))).to(out_ptr.dtype.element_ty)
         activation = (silu * up).to(out_ptr.dtype.element_ty)
         out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
         tl.store(out_pointers, grad_gate, mask=mask)
@@ -220,12 +220,12 @@ def _backward_kernel(
             tl.store(activation_ptr + rows[:, None] * activation_stride + columns[None, :], activation, mask=mask)
         if HAS_SUMS:
             if RANK_GATE > 0:
-                sums_gate = _rank_sum(sums_gate, t_gate, grad_gate, WIDEN)
+                sums_gate = _rank_sum(sums_gate, grad_gate, t_gate, WIDEN)
             if RANK_UP > 0:
-                sums_up = _rank_sum(sums_up, t_up, grad_up, WIDEN)
+                sums_up = _rank_sum(sums_up, grad_up, t_up, WIDEN)
             if RANK_DOWN > 0:
                 u_down = _rank_rows(u_down_ptr, u_down_stride, rows, row_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDEN)
-                sums_down = _rank_sum(sums_down, u_down, activation, WIDEN)
+                sums_down = _rank_sum(sums_down, activation, u_down, WIDEN)
 
     if HAS_SUMS:
         mine = workspace_ptr + chunk.to(tl.int64) * ((RANK_GATE + RANK_UP + RANK_DOWN) * WIDTH)
@@ -255,17 +255,18 @@ def _reduce_factor(
     ACCUMULATES: tl.constexpr,
 ):
     """The gradient of one factor for a block of columns: the chunks' sums, added in their order."""
-    ranks = tl.arange(0, BLOCK_RANK)
-    mask = (ranks < RANK)[:, None] & column_mask[None, :]
-    pointers = workspace_ptr + ranks[:, None] * WIDTH + columns[None, :]
-    sums = tl.load(pointers, mask=mask, other=0.0)
-    for chunk in tl.range(1, num_chunks, num_stages=4):
-        sums += tl.load(pointers + chunk * chunk_elements, mask=mask, other=0.0)
-    sums *= scale
-    out_pointers = out_ptr + ranks[:, None] * rank_stride + columns[None, :] * column_stride
-    if ACCUMULATES:
-        sums += tl.load(out_pointers, mask=mask, other=0.0)
-    tl.store(out_pointers, sums, mask=mask)
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_RANK)
+        mask = (ranks < RANK)[:, None] & column_mask[None, :]
+        pointers = workspace_ptr + ranks[:, None] * WIDTH + columns[None, :]
+        sums = tl.load(pointers, mask=mask, other=0.0)
+        for chunk in tl.range(1, num_chunks, num_stages=4):
+            sums += tl.load(pointers + chunk * chunk_elements, mask=mask, other=0.0)
+        sums *= scale
+        out_pointers = out_ptr + ranks[:, None] * rank_stride + columns[None, :] * column_stride
+        if ACCUMULATES:
+            sums += tl.load(out_pointers, mask=mask, other=0.0)
+        tl.store(out_pointers, sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -295,57 +296,54 @@ def _reduce_kernel(
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < WIDTH
     factor = tl.program_id(1)
-    if RANK_GATE > 0:
-        if factor == 0:
-            _reduce_factor(
-                workspace_ptr,
-                b_gate_ptr,
-                1,
-                b_gate_stride,
-                scale_gate,
-                columns,
-                column_mask,
-                num_chunks,
-                chunk_elements,
-                RANK_GATE,
-                BLOCK_RANK_GATE,
-                WIDTH,
-                ACCUMULATES,
-            )
-    if RANK_UP > 0:
-        if factor == 1:
-            _reduce_factor(
-                workspace_ptr + RANK_GATE * WIDTH,
-                b_up_ptr,
-                1,
-                b_up_stride,
-                scale_up,
-                columns,
-                column_mask,
-                num_chunks,
-                chunk_elements,
-                RANK_UP,
-                BLOCK_RANK_UP,
-                WIDTH,
-                ACCUMULATES,
-            )
-    if RANK_DOWN > 0:
-        if factor == 2:
-            _reduce_factor(
-                workspace_ptr + (RANK_GATE + RANK_UP) * WIDTH,
-                a_down_ptr,
-                a_down_stride,
-                1,
-                1.0,
-                columns,
-                column_mask,
-                num_chunks,
-                chunk_elements,
-                RANK_DOWN,
-                BLOCK_RANK_DOWN,
-                WIDTH,
-                ACCUMULATES,
-            )
+    if factor == 0:
+        _reduce_factor(
+            workspace_ptr,
+            b_gate_ptr,
+            1,
+            b_gate_stride,
+            scale_gate,
+            columns,
+            column_mask,
+            num_chunks,
+            chunk_elements,
+            RANK_GATE,
+            BLOCK_RANK_GATE,
+            WIDTH,
+            ACCUMULATES,
+        )
+    elif factor == 1:
+        _reduce_factor(
+            workspace_ptr + RANK_GATE * WIDTH,
+            b_up_ptr,
+            1,
+            b_up_stride,
+            scale_up,
+            columns,
+            column_mask,
+            num_chunks,
+            chunk_elements,
+            RANK_UP,
+            BLOCK_RANK_UP,
+            WIDTH,
+            ACCUMULATES,
+        )
+    else:
+        _reduce_factor(
+            workspace_ptr + (RANK_GATE + RANK_UP) * WIDTH,
+            a_down_ptr,
+            a_down_stride,
+            1,
+            1.0,
+            columns,
+            column_mask,
+            num_chunks,
+            chunk_elements,
+            RANK_DOWN,
+            BLOCK_RANK_DOWN,
+            WIDTH,
+            ACCUMULATES,
+        )
 
 
 # Launches
@@ -361,18 +359,19 @@ class Tile:
     num_warps: int
     num_stages: int
     programs: int
+    max_registers: int | None = None
 
 
 TILES: dict[tuple[str, int], Tile] = {
-    ("forward", 16): Tile(64, 64, 4, 3, 4),
-    ("forward", 32): Tile(64, 64, 4, 3, 3),
-    ("forward", 64): Tile(64, 64, 4, 3, 2),
-    ("backward", 16): Tile(64, 64, 4, 3, 2),
-    ("backward", 32): Tile(64, 64, 4, 3, 2),
-    ("backward", 64): Tile(64, 64, 4, 3, 2),
-    ("gradients", 16): Tile(64, 64, 4, 3, 2),
-    ("gradients", 32): Tile(64, 64, 4, 3, 2),
-    ("gradients", 64): Tile(64, 64, 8, 2, 1),
+    ("forward", 16): Tile(32, 64, 4, 3, 8),
+    ("forward", 32): Tile(32, 64, 4, 3, 6),
+    ("forward", 64): Tile(32, 64, 4, 3, 4),
+    ("backward", 16): Tile(32, 64, 4, 3, 6),
+    ("backward", 32): Tile(32, 64, 4, 3, 5),
+    ("backward", 64): Tile(32, 64, 4, 3, 3),
+    ("gradients", 16): Tile(32, 64, 4, 3, 4, max_registers=128),
+    ("gradients", 32): Tile(32, 64, 4, 3, 3, max_registers=168),
+    ("gradients", 64): Tile(32, 64, 4, 3, 2),
 }
 """By kernel and largest padded rank, for 16-bit types; "gradients" is the backward pass with those of the factors."""
 
@@ -381,7 +380,7 @@ _TILE_FLOAT32 = Tile(32, 32, 4, 2, 2)
 
 _REDUCED_COLUMNS = 32
 _MAX_CHUNKS = 16
-_CPU_PROGRAMS = 4
+_INTERPRETED_PROGRAMS = 4
 
 
 def tile_for(kernel: str, ranks: tuple[int, ...], dtype: torch.dtype) -> Tile:
@@ -392,6 +391,11 @@ def tile_for(kernel: str, ranks: tuple[int, ...], dtype: torch.dtype) -> Tile:
 def takes(*ranks: int) -> bool:
     """Whether the kernels are made for these ranks: none above 64."""
     return max(ranks) <= MAX_BLOCK_RANK
+
+
+def approximates(tensor: Tensor) -> bool:
+    """Whether NVIDIA's own instructions can be used."""
+    return tensor.device.type == "cuda" and torch.version.hip is None
 
 
 def launch_forward(gate_up: Tensor, lora: GateUpUpdate, out: Tensor) -> None:
@@ -498,6 +502,8 @@ def _grid(rows: Tensor, tile: Tile) -> tuple[tuple[int], tuple[int, int], dict[s
         "STAGES": tile.num_stages,
         "num_warps": tile.num_warps,
     }
+    if tile.max_registers is not None:
+        shape["maxnreg"] = tile.max_registers
     return (num_column_blocks * triton.cdiv(num_row_blocks, blocks),), (num_rows, blocks), shape
 
 
@@ -513,18 +519,18 @@ def _blocks_per_chunk(num_row_blocks: int, num_column_blocks: int, num_programs:
         rounds = triton.cdiv(num_column_blocks * triton.cdiv(num_row_blocks, blocks), num_programs)
         return int(rounds * (blocks + 1))
 
-    choices = {triton.cdiv(num_row_blocks, num_chunks) for num_chunks in range(1, _MAX_CHUNKS + 1)}
+    choices = {int(triton.cdiv(num_row_blocks, num_chunks)) for num_chunks in range(1, _MAX_CHUNKS + 1)}
     return min(sorted(choices), key=cost)
 
 
 @lru_cache(maxsize=8)
 def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _num_programs(device: torch.device, tile: Tile) -> int:
-    if device.type == "cpu":
-        return _CPU_PROGRAMS
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
     return tile.programs * _num_multiprocessors(device)
 
 
@@ -539,7 +545,7 @@ def _update_arguments(
         "BLOCK_RANK_GATE": block_rank(rank_gate),
         "BLOCK_RANK_UP": block_rank(rank_up),
         "WIDEN": must_widen(gate_up),
-        "APPROXIMATES": gate_up.device.type == "cuda" and torch.version.hip is None,
+        "APPROXIMATES": approximates(gate_up),
     }
     if lora is None:
         return (gate_up, gate_up, gate_up), (0, 0, 0, 1.0, 1.0), constants

@@ -2,7 +2,7 @@
 
 Two things make an identity: the numbers that give the architecture its shapes, and a fingerprint of weights that no
 weight format touches (norms, biases, a sample of the embedding), rounded to bfloat16. So the same base is recognised
-whether it was loaded in bfloat16, float32 or NF4, from a folder or a hub, and another fine-tune of the same
+whether it was loaded in bfloat16, float32, NF4 or 8 bits, from a folder or a hub, and another fine-tune of the same
 architecture is told apart.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA through PEFT, on dense and NF4 layers alike.
+"""LoRA and rsLoRA through PEFT, on dense and quantised layers alike.
 
 PEFT owns the parameters and the file; affina decides where they go, how they start and in which type they are computed.
 """

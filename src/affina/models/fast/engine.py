@@ -18,6 +18,7 @@ from affina.models.engines import engine_of, set_engine, trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast.build import build_decoder, largest_ranks
 from affina.models.fast.decoder import Decoder, HeadTape
+from affina.models.fast.fp8 import Fp8Stack
 from affina.models.fast.graphs import GraphedRow, RowGraphs
 from affina.models.fast.layer import RowContext, Saved
 from affina.models.fast.memory import free_bytes, working_bytes
@@ -182,7 +183,7 @@ def attach_fast_engine(
     engine = FastEngine(model, decoder, policy, is_flat=is_flat)
     set_engine(model, engine)
     difference = _difference(expected, _loss_and_gradients(model))
-    limit = 1e-4 if base_model_of(model).dtype == torch.float32 else 0.1
+    limit = _tolerance(model, decoder)
     if not difference <= limit:
         detach_fast_engine(model)
         return Unsupported(f"its gradients differ by {difference:.1%} from the reference's on a probe")
@@ -258,6 +259,18 @@ def _nonzero_adapter(model: PeftModel) -> Iterator[None]:
         with torch.no_grad():
             for parameter, values in zip(parameters, before, strict=True):
                 parameter.copy_(values)
+
+
+def _tolerance(model: PeftModel, decoder: Decoder) -> float:
+    """How far the probe may be from the reference: what rounding explains; a mistake makes a difference of the order of
+    one.
+
+    Measured on random Qwen3-4B: 2% in bfloat16; 30% with 8-bit products, whose every factor is off by 2.6%, against a
+    reference that multiplies the same weights in 16 bits. (Noise of a single batch, not a bias: see bench/RESULTS.md.)
+    """
+    if any(isinstance(linear.stack, Fp8Stack) for layer in decoder.layers for linear in layer.linears):
+        return 0.6
+    return 1e-4 if base_model_of(model).dtype == torch.float32 else 0.1
 
 
 def _difference(expected: tuple[Tensor, list[Tensor]], found: tuple[Tensor, list[Tensor]]) -> float:

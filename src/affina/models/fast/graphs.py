@@ -19,7 +19,7 @@ from torch import Tensor
 from affina.kernels.attention import Segments
 from affina.models.fast.decoder import Decoder
 from affina.models.fast.layer import Pending, RowContext
-from affina.models.fast.policy import SavePolicy
+from affina.models.fast.policy import Keep, SavePolicy
 
 _WARMUP_RUNS = 2
 MAX_GRAPHS = 4
@@ -48,7 +48,13 @@ class GraphedRow:
     """The two graphs of one row shape, with their inputs and outputs at fixed addresses."""
 
     def __init__(
-        self, decoder: Decoder, policy: SavePolicy, shape: RowShape, input_ids: Tensor, row: RowContext
+        self,
+        decoder: Decoder,
+        policy: SavePolicy,
+        shape: RowShape,
+        input_ids: Tensor,
+        row: RowContext,
+        pool: tuple[int, int],
     ) -> None:
         self._decoder = decoder
         self._input_ids = input_ids.clone()
@@ -59,7 +65,7 @@ class GraphedRow:
             row.flat,
         )
         self._num_replays = 0
-        self._capture(policy)
+        self._capture(policy, pool)
 
     def forward(self, input_ids: Tensor, row: RowContext) -> tuple[Pending, int]:
         """(output of the last layer, valid until the next forward pass; a ticket for `backward`)."""
@@ -83,33 +89,39 @@ class GraphedRow:
         self._backward_graph.replay()
         return self._gradient.clone()
 
-    def _capture(self, policy: SavePolicy) -> None:
+    def _capture(self, policy: SavePolicy, pool: tuple[int, int]) -> None:
         decoder, row = self._decoder, self._row
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            # What is set up at the first call (compiled kernels, plans of cuDNN) must exist before the capture. Done at the
+            # leanest level, so that it needs no second set of activations beside that of rows captured before.
+            lean = SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT)
             for _ in range(_WARMUP_RUNS):
-                last, saved = decoder.forward(self._input_ids, row, policy)
+                last, saved = decoder.forward(self._input_ids, row, lean)
                 decoder.backward(decoder.layers[-1].new_gradient(last.x.shape[0], last.x).zero_(), saved, row)
                 del last, saved
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward_graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._forward_graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._last, saved = decoder.forward(self._input_ids, row, policy)
-        pool = self._forward_graph.pool()
         self._grad = decoder.layers[-1].new_gradient(self._last.x.shape[0], self._last.x)
         with torch.cuda.graph(self._backward_graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._gradient = decoder.backward(self._grad, saved, row)
 
 
 class RowGraphs:
-    """Captured rows by shape. `note` is told once why something is not captured."""
+    """Captured rows by shape. `note` is told once why something is not captured.
+
+    All share one pool of memory: a row's activations are spent before the next row's forward pass begins.
+    """
 
     def __init__(self, decoder: Decoder, note: Callable[[str], None]) -> None:
         self._decoder = decoder
         self._note = note
         self.captured: dict[RowShape, GraphedRow] = {}
+        self._pool: tuple[int, int] | None = None
         self._refused = False
 
     def row(self, policy: SavePolicy, input_ids: Tensor, row: RowContext) -> GraphedRow | None:
@@ -121,8 +133,10 @@ class RowGraphs:
             if len(self.captured) >= MAX_GRAPHS:
                 self._refuse(f"rows have more than {MAX_GRAPHS} shapes")
                 return None
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             try:
-                self.captured[shape] = GraphedRow(self._decoder, policy, shape, input_ids, row)
+                self.captured[shape] = GraphedRow(self._decoder, policy, shape, input_ids, row, self._pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -133,6 +147,7 @@ class RowGraphs:
     def clear(self) -> None:
         """Drop all graphs and their memory, as a change of the save policy requires."""
         self.captured.clear()
+        self._pool = None
         self._refused = False
 
     def _refuse(self, reason: str) -> None:

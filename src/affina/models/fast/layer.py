@@ -286,7 +286,7 @@ class DecoderLayer:
         accumulates = part.start not in (None, 0)
         t_down = saved.t_down[part] if saved.t_down is not None else None
         u_down = self.down.rank_gradient(grad, t_down, row.flat, gradient, accumulates=accumulates)
-        grad_activation = self.down.input_gradient(grad, row.flat)
+        grad_activation = self.down.input_gradient(grad, u_down, row.flat)
         gate_up = wide[:, : self.gate_up.num_outputs]
         b_gate, b_up = self.gate_up.factors(gradient)
         swiglu_backward_with_ranks(
@@ -323,7 +323,7 @@ class DecoderLayer:
         attended = saved.attended
         u = self.output.rank_gradient(grad2, saved.t_o, row.flat, gradient)
         self.output.a_gradient(u, attended.output.flatten(1), gradient)
-        grad_heads = self.output.input_gradient(grad2, row.flat).view(attended.output.shape)
+        grad_heads = self.output.input_gradient(grad2, u, row.flat).view(attended.output.shape)
         q, k, v = self._heads(saved)
         grads = attention_backward(
             grad_heads, q, k, v, attended, row.segments, scale=self.spec.attention_scale, window=self.window
@@ -359,7 +359,7 @@ class DecoderLayer:
         """The gradient of x, into `out`, from that of `linear(norm(x))` and that of the residual beside it."""
         target = None if has_b_gradient else gradient
         u = linear.rank_gradient(wide, t, row.flat, target, accumulates=accumulates)
-        grad_h = linear.input_gradient(wide, row.flat)
+        grad_h = linear.input_gradient(wide, u, row.flat)
         self._normed_a_gradient(linear, u, x, rstd, weight, gradient, accumulates=accumulates)
         rms_norm_backward(grad_h, x, weight, rstd, grad_residual=grad_residual, out=out)
 

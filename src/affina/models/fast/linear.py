@@ -59,7 +59,7 @@ class AdaptedLinear:
     @property
     def num_extra(self) -> int:
         """R columns beside the outputs' gradients, where u is written."""
-        return 0 if self.slices is None or self.merges else self.slices.total_rank
+        return 0 if self.slices is None or self.merges else self.stack.num_extra
 
     def new_outputs(self, num_tokens: int, like: Tensor) -> Tensor:
         """[M, N + R] uninitialised, its rows 128 bytes apart or a multiple."""
@@ -140,13 +140,16 @@ class AdaptedLinear:
         assert u is not None
         product_into(u.t(), x, self.slices.a(gradient), 1.0, columns=columns, accumulates=accumulates)
 
-    def input_gradient(self, wide: Tensor, flat: Tensor) -> Tensor:
-        """∂x [M, K] from the wide gradient of the outputs, after `rank_gradient`."""
+    def input_gradient(self, wide: Tensor, u: Tensor | None, flat: Tensor) -> Tensor:
+        """∂x [M, K] from the wide gradient of the outputs and that of t, after `rank_gradient`."""
         if self.slices is None:
             return self.stack.input_gradient(wide, None)
         if self.merges:
             return wide @ self._merged_weight(flat)
-        return self.stack.input_gradient(wide, self.slices.a(flat))
+        if self.num_extra:
+            return self.stack.input_gradient(wide, self.slices.a(flat))
+        assert u is not None
+        return self.stack.input_gradient(wide, None).addmm_(u, self.slices.a(flat))
 
     def _pairs(self) -> list[tuple[PairSlice, slice]]:
         assert self.slices is not None

@@ -15,7 +15,7 @@ from affina.models.families import DecoderSpec, Unsupported, read_decoder
 from affina.models.fast.parameters import LoraPair
 from affina.models.forward import isolation_of, verified_head
 from affina.models.structure import base_model_of, text_config
-from affina.models.weights import Nf4Linear
+from affina.models.weights import QuantizedLinear
 
 PROJECTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -125,7 +125,7 @@ def _unsupported_layers(base: nn.Module, spec: DecoderSpec) -> Unsupported | Non
     for index, layer in enumerate(layers):
         for group in layer_projections(layer):
             kinds = {type(frozen_layer(member)) for member in group}
-            if kinds not in ({nn.Linear}, {Nf4Linear}):
+            if len(kinds) > 1 or not all(kind is nn.Linear or issubclass(kind, QuantizedLinear) for kind in kinds):
                 names = " and ".join(sorted(kind.__name__ for kind in kinds))
                 return Unsupported(f"layer {index} keeps its weights as {names}")
             projections |= {id(member) for member in group}

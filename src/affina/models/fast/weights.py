@@ -20,8 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from affina.kernels.nf4 import dequantize_into
-from affina.models.weights import Nf4Linear
+from affina.models.fast.fp8 import Fp8Stack, can_multiply_fp8
+from affina.models.weights import Fp8Linear, QuantizedLinear
 
 
 class FrozenStack(Protocol):
@@ -30,6 +30,11 @@ class FrozenStack(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """(Σ out, in)"""
+        ...
+
+    @property
+    def num_extra(self) -> int:
+        """R, the room below the weights; 0 where the adapter's share needs a product of its own."""
         ...
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -72,6 +77,7 @@ class DenseStack:
     """Weights in the type of the computation. num_extra: R, rows of room below them."""
 
     def __init__(self, layers: Sequence[nn.Linear], num_extra: int) -> None:
+        self.num_extra = num_extra
         self._buffer, self._weight = _as_one_tensor(layers, num_extra)
 
     @property
@@ -91,10 +97,11 @@ class DenseStack:
         return out.copy_(self._weight)
 
 
-class Nf4Stack:
-    """NF4 weights, expanded into the workspace before each product."""
+class ExpandedStack:
+    """Quantised weights of any format, expanded into the workspace before each product."""
 
-    def __init__(self, layers: Sequence[Nf4Linear], num_extra: int, workspace: Workspace) -> None:
+    def __init__(self, layers: Sequence[QuantizedLinear], num_extra: int, workspace: Workspace) -> None:
+        self.num_extra = num_extra
         self._layers = tuple(layers)
         self._rows = [layer.out_features for layer in layers]
         self._workspace = workspace
@@ -121,14 +128,16 @@ class Nf4Stack:
             if layer.keeps_dense_weight:
                 part.copy_(layer.dense_weight(out.dtype))
             else:
-                dequantize_into(layer.quantized, part)
+                layer.dequantize_into(part)
         return out
 
 
 def build_stack(layers: Sequence[nn.Module], num_extra: int, workspace: Workspace) -> FrozenStack | None:
     """The stack of `layers` in their common format, or None when they have none that is known here."""
-    if all(isinstance(layer, Nf4Linear) for layer in layers):
-        return Nf4Stack([layer for layer in layers if isinstance(layer, Nf4Linear)], num_extra, workspace)
+    if all(isinstance(layer, Fp8Linear) for layer in layers) and can_multiply_fp8(layers[0]):
+        return Fp8Stack([layer for layer in layers if isinstance(layer, Fp8Linear)])
+    if all(isinstance(layer, QuantizedLinear) for layer in layers):
+        return ExpandedStack([layer for layer in layers if isinstance(layer, QuantizedLinear)], num_extra, workspace)
     if all(type(layer) is nn.Linear for layer in layers):
         return DenseStack([layer for layer in layers if isinstance(layer, nn.Linear)], num_extra)
     return None

@@ -2,9 +2,18 @@
 
 from affina.models.weights.base import WeightFormat, linear_layers
 from affina.models.weights.dense import DENSE
-from affina.models.weights.nf4 import NF4, Nf4Linear, Nf4Options, cache_dequantized, quantize_linears
+from affina.models.weights.fp8 import FP8, Fp8Linear, Fp8Options
+from affina.models.weights.int8 import INT8, Int8Linear, Int8Options
+from affina.models.weights.nf4 import NF4, Nf4Linear, Nf4Options
+from affina.models.weights.quantized import (
+    QuantizedLinear,
+    WeightFormatOptions,
+    cache_dequantized,
+    quantize_linears,
+    quantized_layers,
+)
 
-FORMATS: tuple[WeightFormat, ...] = (NF4, DENSE)
+FORMATS: tuple[WeightFormat, ...] = (NF4, FP8, INT8, DENSE)
 """All formats, the more special ones first: a format claims a layer with `owns`."""
 
 
@@ -16,12 +25,21 @@ def format_of(layer: object) -> WeightFormat | None:
 __all__ = [
     "DENSE",
     "FORMATS",
+    "FP8",
+    "INT8",
     "NF4",
+    "Fp8Linear",
+    "Fp8Options",
+    "Int8Linear",
+    "Int8Options",
     "Nf4Linear",
     "Nf4Options",
+    "QuantizedLinear",
     "WeightFormat",
+    "WeightFormatOptions",
     "cache_dequantized",
     "format_of",
     "linear_layers",
     "quantize_linears",
+    "quantized_layers",
 ]

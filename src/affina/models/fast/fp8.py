@@ -1,0 +1,60 @@
+"""Frozen weights in e4m3, multiplied as they are: both products of a layer run on the 8-bit matrix units.
+
+    forward:        y  = Q(x) Q_Wᵀ           rows of x quantised, one scale per token; one scale per row of W
+    input gradient: ∂x = Q(∂y ∘ s_W) Q_W     the same weight: its scales lie on the contracted axis and go into ∂y
+
+Activations and gradients are quantised as they come, row by row; the adapter's products stay in 16 bits. See
+kernels/fp8.py for the error of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from affina.kernels.fp8 import E4M3, GEMM_MULTIPLE, fp8_linear, quantize_rows, transpose_codes
+from affina.models.weights import Fp8Linear
+
+
+def can_multiply_fp8(layer: nn.Module) -> bool:
+    """Whether the device of `layer` has 8-bit matrix units that take its size: CUDA since 8.9 (Ada, Hopper)."""
+    if not isinstance(layer, Fp8Linear) or layer.weight.device.type != "cuda":
+        return False
+    sizes = (layer.out_features, layer.in_features)
+    return torch.cuda.get_device_capability(layer.weight.device) >= (8, 9) and all(
+        n % GEMM_MULTIPLE == 0 for n in sizes
+    )
+
+
+class Fp8Stack:
+    """Codes of the layers below each other in one tensor, of which the layers' own become views."""
+
+    num_extra = 0
+    """No room for low-rank parts: they are 16-bit, the product is not."""
+
+    def __init__(self, layers: Sequence[Fp8Linear]) -> None:
+        sizes = [layer.out_features for layer in layers]
+        self._codes = torch.cat([layer.weight.data.view(torch.uint8) for layer in layers]).view(E4M3)
+        self._scale = torch.cat([layer.scale for layer in layers])
+        for layer, codes in zip(layers, torch.split(self._codes.view(torch.uint8), sizes), strict=True):
+            layer.weight.data = codes.view(E4M3)
+        self._ones = torch.ones(self._codes.shape[1], dtype=torch.float32, device=self._codes.device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._codes.shape[0], self._codes.shape[1]
+
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        codes, scale = quantize_rows(x)
+        product = fp8_linear(codes, scale, self._codes, self._scale, out_dtype=x.dtype)
+        return product if out is None else out.copy_(product)
+
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+        assert a is None, "an 8-bit product has no room for a 16-bit part"
+        codes, scale = quantize_rows(grad_output, column_factor=self._scale)
+        return fp8_linear(codes, scale, transpose_codes(self._codes), self._ones, out_dtype=grad_output.dtype)
+
+    def dense(self, out: Tensor) -> Tensor:
+        return out.copy_(self._codes.float() * self._scale.unsqueeze(1))

@@ -1,0 +1,127 @@
+"""Weights of one byte each with one float32 scale per output row: what fp8 and int8 have in common.
+
+    Ŵ_nk = q_nk · s_n
+
+The scale belongs to an output, so it can also leave a product: x Ŵᵀ = (x Qᵀ) ∘ s. Here the weight is expanded, which is
+exact up to one rounding in any type of the computation: both codes have at most 8 significant bits, so that they are
+exact in bfloat16 and float16, and the product with the scale is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from affina.errors import ModelError
+from affina.models.weights.quantized import QuantizedLinear
+
+_CHUNK_ELEMENTS_CPU = 1 << 20
+_CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
+
+QuantizeRows = Callable[..., tuple[Tensor, Tensor]]
+"""As `affina.kernels.fp8.quantize_rows`: (x, *, out, scale_out) → (codes, scale)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScaledWeight:
+    """codes: [out, in], one byte each; scale: [out] fp32; dtype: the type that the weight was quantised from."""
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[out, in] the dense weight in `dtype` (default: the type it was quantised from)."""
+        return self.dequantize_into(torch.empty(self.codes.shape, dtype=dtype or self.dtype, device=self.codes.device))
+
+    @torch.no_grad()
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Writes the dense weight to `out` [out, in] (any floating type; rows may be apart) and returns it."""
+        if out.dtype == torch.float64:
+            return out.copy_(self.dequantize(torch.float32))  # the same weight as in every other type's computation
+        return out.copy_(self.codes).mul_(self.scale.unsqueeze(1))
+
+
+class RowScaledLinear(QuantizedLinear):
+    """`nn.Linear` with a frozen weight of one byte each and one scale per output.
+
+    weight: [out, in] codes in the type CODES        scale: [out] fp32 buffer
+    """
+
+    CODES: ClassVar[torch.dtype]
+    EXACT = ("weight", "scale")
+    scale: Tensor
+
+    def __init__(self, quantized: RowScaledWeight, bias: Tensor | None = None) -> None:
+        assert quantized.codes.dtype == self.CODES, f"{quantized.codes.dtype} in {type(self).__name__}"
+        rows, columns = quantized.codes.shape
+        super().__init__(quantized.codes, (rows, columns), quantized.dtype, bias)
+        self.register_buffer("scale", quantized.scale)
+
+    @property
+    def quantized(self) -> RowScaledWeight:
+        """Codes and scales; shares the layer's memory."""
+        return RowScaledWeight(self.weight.data, self.scale, self.source_dtype)
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The codes and their scales."""
+        return "weight", "scale"
+
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Writes the dense weight to `out` [out, in] and returns it."""
+        return self.quantized.dequantize_into(out)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        codes = state_dict.get(f"{prefix}weight")
+        if codes is not None and codes.dtype != self.CODES:
+            # nn.Module would copy a dense weight into the codes, rounding it, and keep the old scales.
+            raise ModelError(
+                "checkpoint-mismatch",
+                f"{prefix}weight is {_named(codes.dtype)}, the layer keeps {_named(self.CODES)} codes",
+                why="a state dict fits a model of the same weight format only",
+                fix="quantise the layer after its dense weight is loaded",
+            )
+        self._dense_weight = None
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {_named(self.CODES)}, one scale per row"
+
+
+def quantize_weight(weight: Tensor, quantize_rows: QuantizeRows, codes_dtype: torch.dtype) -> RowScaledWeight:
+    """`weight` [out, in] with one scale per row, some rows at a time: `quantize_rows` makes float32 copies.
+
+    Raises ModelError[weights-not-finite].
+    """
+    assert weight.dtype in (torch.bfloat16, torch.float16, torch.float32), f"cannot quantise {weight.dtype}"
+    dense = weight.detach()
+    rows, columns = dense.shape
+    codes = torch.empty(rows, columns, dtype=codes_dtype, device=dense.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=dense.device)
+    elements = _CHUNK_ELEMENTS_CPU if dense.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+    step = max(1, elements // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        quantize_rows(dense[part].contiguous(), out=codes[part], scale_out=scale[part])
+    if not bool(torch.isfinite(scale).all()):
+        raise ModelError(
+            "weights-not-finite",
+            f"a weight of shape {list(weight.shape)} holds NaN or infinity",
+            why="a row of weights with such a number cannot be scaled",
+            fix="the checkpoint is damaged: download or export it again",
+        )
+    return RowScaledWeight(codes, scale, weight.dtype)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,54 @@
+"""Runs on an 8-bit base: from the command line to the merged model, and resumed to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import affina
+from affina.cli.main import run as command_line
+from affina.models.load import load_causal_lm
+from affina.runs.checkpoints import list_checkpoints
+from affina.runs.directory import RunDirectory
+from tests.api.test_train import assert_same_result, make_config
+
+
+def test_the_laptop_preset_trains_and_merges_on_an_fp8_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ("quantization=fp8", "training.max_steps=3", "evaluation.enabled=false", "output.name=eight")
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    assert command_line(["train", "--preset", "laptop", *arguments]) == 0
+    assert "fp32 on FP8: trains 430 k of 6.66 M parameters" in capsys.readouterr().err
+    run = RunDirectory(tmp_path / "runs" / "eight")
+    losses = [record["loss"] for record in run.metrics() if "loss" in record]
+    assert losses[-1] < losses[0]
+    manifest = run.read_manifest()
+    assert (manifest["status"], manifest["quantization"]) == ("finished", "fp8")
+    identity = json.loads((run.adapter / "affina.json").read_text())["base"]
+    assert identity["quantization"]["method"] == "fp8"
+
+    assert command_line(["merge", "runs/eight", "-o", "merged"]) == 0
+    assert "the adapter was trained against the FP8 base" in " ".join(capsys.readouterr().out.split())
+    merged = load_causal_lm("merged", dtype=torch.float32, device="cpu")
+    assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8"])
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    method: str, engine: str, tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    results = []
+    for name in ("whole", "part"):
+        config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=5, output__name=name)
+        config |= {"quantization": method, "engine": engine, "adapter": {"rank": 4, "alpha": 8}}
+        results.append(affina.train(config))
+    whole, part = results
+    (third,) = [saved for saved in list_checkpoints(part.run / "checkpoints") if saved.step == 3]
+    affina.train(resume=third.path)
+    assert_same_result(part.run, whole.run)

@@ -1,0 +1,86 @@
+"""What layers keep is the most that fits, and never more than was granted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from affina.models.families import DecoderSpec
+from affina.models.fast.policy import Keep, LayerRanks, SavePolicy, choose_policy, kept_bytes_per_token
+
+QWEN3_4B = DecoderSpec("qwen3", 36, 2560, 9728, 32, 8, 128, 151_936, 1e-6, True, (None,) * 36)
+RANKS = LayerRanks(qkv=48, output=16, gate_up=32, down=16)
+
+
+def choose(budget_bytes: int, *, num_tokens: int = 16_384, may_offload: bool = True) -> SavePolicy:
+    return choose_policy(
+        QWEN3_4B,
+        budget_bytes=budget_bytes,
+        num_tokens=num_tokens,
+        itemsize=2,
+        ranks=RANKS,
+        may_offload=may_offload,
+    )
+
+
+def num_bytes(policy: SavePolicy, num_tokens: int = 16_384) -> int:
+    return policy.num_bytes(QWEN3_4B, num_tokens=num_tokens, itemsize=2, ranks=RANKS)
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (Keep.OFFLOADED, 2 * 16),
+        (Keep.INPUT, 2 * (2560 + 16)),
+        # x, x₂, o and t of all four in 16 bits; log-sum-exp of 32 heads and two factors of norms in 32
+        (Keep.ATTENTION, 2 * (2560 + 2560 + 4096 + 112) + 4 * 34),
+        # and q, k, v with 48 columns of room, 6192 rounded up to 6208
+        (Keep.PROJECTIONS, 2 * (2560 + 2560 + 4096 + 112 + 6208) + 4 * 34),
+    ],
+)
+def test_the_bytes_of_a_level_can_be_counted_on_paper(keep: Keep, expected: int) -> None:
+    assert kept_bytes_per_token(QWEN3_4B, keep, itemsize=2, ranks=RANKS) == expected
+
+
+def test_a_higher_level_never_keeps_less() -> None:
+    sizes = [kept_bytes_per_token(QWEN3_4B, keep, itemsize=2, ranks=RANKS) for keep in Keep]
+    assert sizes == sorted(sizes)
+
+
+@given(gibibytes=st.floats(0, 80), num_tokens=st.integers(128, 40_000))
+def test_the_choice_fits_and_one_layer_more_would_not(gibibytes: float, num_tokens: int) -> None:
+    budget = int(gibibytes * 2**30)
+    policy = choose(budget, num_tokens=num_tokens)
+    leanest = SavePolicy.uniform(36, Keep.OFFLOADED)
+    if num_bytes(leanest, num_tokens) > budget:
+        assert policy == leanest
+        return
+    assert num_bytes(policy, num_tokens) <= budget
+    if set(policy.layers) != {Keep.ALL}:
+        lowest = min(policy.layers)
+        position = max(index for index, keep in enumerate(policy.layers) if keep == lowest)
+        richer = SavePolicy(
+            tuple(Keep(keep + 1) if index == position else keep for index, keep in enumerate(policy.layers))
+        )
+        assert num_bytes(richer, num_tokens) > budget
+
+
+def test_without_offloading_the_leanest_keeps_inputs() -> None:
+    assert choose(0, may_offload=False) == SavePolicy.uniform(36, Keep.INPUT)
+
+
+def test_leaner_policies_end_and_each_keeps_less() -> None:
+    policy: SavePolicy | None = choose(40 << 30)
+    sizes = []
+    while policy is not None:
+        sizes.append(num_bytes(policy))
+        policy = policy.leaner()
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
+    assert sizes[-1] == num_bytes(SavePolicy.uniform(36, Keep.OFFLOADED))
+
+
+def test_a_policy_reads_as_one_line() -> None:
+    layers = (Keep.OFFLOADED,) * 2 + (Keep.INPUT,) * 33 + (Keep.ALL,)
+    assert SavePolicy(layers).describe() == "1 × all, 33 × input, 2 × offloaded"
