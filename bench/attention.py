@@ -1,6 +1,7 @@
 """Attention backends on one GPU: right, repeatable, capturable, and how fast.
 
     python bench/attention.py [--output bench/results/attention.json]       on a GPU, about a minute
+    python bench/attention.py --ragged-cudnn                                cuDNN on documents of different lengths
     python bench/attention.py --cpu                                         the laptop's shapes on one and two threads
 
 H = 32 query heads over G = 8 key heads of K = 128, bfloat16, v a strided view as the joint projection leaves it. For
@@ -14,8 +15,11 @@ each case and backend:
     fwd, bwd         median milliseconds of events, after warm-up; graph: one replay of both
     TFLOP/s          4 · H · K · Σ L (L + 1) / 2 forward, 2.5 times that backward
 
-A failing case prints its error and the rest goes on. What could kill the process (cuDNN on ragged documents) runs in a
-process of its own. Nothing here is a test; it is what `SHORTEST_DENSE_CUDNN` in affina/kernels/attention.py is set by.
+    tile             milliseconds of each Triton kernel on three tiles each, without windows
+
+A failing case prints its error and the rest goes on. cuDNN on ragged documents could kill the process, so it runs only
+when asked for. Nothing here is a test; it is what `choose_backend` in affina/kernels/attention.py and `tiles_for` in
+affina/kernels/triton/attention.py are set by.
 """
 
 from __future__ import annotations
@@ -24,7 +28,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -48,7 +51,6 @@ HEADS, GROUPS, WIDTH = 32, 8, 128
 SCALE = WIDTH**-0.5
 NAMES = ("output", "grad_q", "grad_k", "grad_v")
 RESULTS = Path(__file__).parent / "results" / "attention.json"
-SECONDS_FOR_RAGGED_CUDNN = 40
 
 
 @dataclass(frozen=True)
@@ -90,36 +92,28 @@ def real_lengths(tokens: int, seed: int = 0) -> tuple[int, ...]:
 
 def timed_cases() -> list[Case]:
     packed, short = real_lengths(16384), real_lengths(2048)
-    cases = [
+    return [
         Case("8x2048", (2048,) * 8),
         Case("1x2048", (2048,)),
         Case("1x16384", (16384,)),
-        Case("1x32768", (32768,)),
         Case("packed-16384", packed),
         Case("packed-16384, 32 empty", packed, num_empty=32),
-        Case("packed-16384, 128 empty", packed, num_empty=128),
-        Case("packed-16384, loose max_seqlen", packed, max_seqlen=16384),
-        Case("packed-16384, 32 empty, loose", packed, num_empty=32, max_seqlen=16384),
         Case("packed-2048", short),
-        Case("packed-2048, 32 empty, loose", short, num_empty=32, max_seqlen=2048),
+        Case("packed-2048, 32 empty", short, num_empty=32),
         Case("1x16384, window 4096", (16384,), window=4096),
-    ]
-    return cases + [
-        Case(f"{16384 // length}x{length}", (length,) * (16384 // length)) for length in (128, 256, 512, 1024)
+        Case("64x256", (256,) * 64),
+        Case("16x1024", (1024,) * 16),
     ]
 
 
 def checked_cases() -> list[Case]:
     return [
-        Case("small ragged", (1, 5, 130, 256, 1, 119)),
         Case("small ragged, 7 empty, loose", (1, 5, 130, 256, 1, 119), num_empty=7, max_seqlen=512),
         Case("small ragged, window 50", (1, 5, 130, 256, 1, 119), window=50),
         Case("one-token documents", (1,) * 64),
-        Case("2x256", (256, 256)),
         Case("3x200", (200, 200, 200)),
         Case("1x2048", (2048,)),
         Case("packed-2048", real_lengths(2048)),
-        Case("8x2048", (2048,) * 8),
         Case("packed-16384, 32 empty", real_lengths(16384), num_empty=32),
         Case("1x16384", (16384,)),
     ]
@@ -159,7 +153,7 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 def backends_of(case: Case) -> list[tuple[str, str, bool]]:
     """(label, backend, deterministic algorithms) to try on a case."""
-    choices = [("flash", "flash", False), ("flash, deterministic", "flash", True)]
+    choices = [("triton", "triton", False), ("flash", "flash", False), ("flash, deterministic", "flash", True)]
     if len(set(case.lengths)) == 1 and case.window is None and case.lengths[0] > 1:
         choices.append(("cudnn", "cudnn", False))
     return choices
@@ -274,7 +268,7 @@ def attempt(
     try:
         record |= run()
         torch.cuda.synchronize()
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, *_triton_errors()) as error:
         record["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         traceback.print_exc(limit=-2, file=sys.stderr)
     torch.cuda.empty_cache()
@@ -283,6 +277,15 @@ def attempt(
         f"{key} {_shown(value)}" for key, value in record.items() if key not in ("kind", "case", "backend")
     )
     print(f"{kind:10} {case.name:32} {label:22} {shown}", flush=True)
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises when a kernel does not compile or does not fit the card."""
+    try:
+        from triton.runtime.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
 
 
 def _shown(value: Any) -> str:
@@ -302,6 +305,47 @@ def measure(records: list[dict[str, Any]]) -> None:
                 attempt(records, "time", case, label, partial(times, case, backend))
 
 
+# Rows, keys, warps, stages.
+TILES = {
+    "forward": ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    "queries": ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+    "keys": ((64, 128, 8, 3), (64, 64, 4, 2), (64, 128, 8, 2)),
+}
+
+
+def tile_times(case: Case, kind: str, shape: tuple[int, int, int, int]) -> dict[str, float]:
+    """Milliseconds of one Triton kernel on one tile, and TFLOP/s of the products it computes (2, 3 or 4)."""
+    from affina.kernels.triton import attention as kernel
+
+    tile = kernel.Tile(*shape, True)
+    q, k, v, grad_output = make_inputs(case.tokens)
+    segments, heads = case.segments(), tile.heads(HEADS // GROUPS)
+    work = segments.work_list(case.tokens, tile.keys if kind == "keys" else tile.tokens(HEADS // GROUPS))
+    options: dict[str, Any] = {"scale": SCALE, "window": None, "tile": tile}
+    if kind == "forward":
+        milli = milliseconds(lambda: kernel.forward(q, k, v, work, **options))
+    elif kind == "queries":
+        result = attention(q, k, v, segments, scale=SCALE, backend="triton")
+        rows = (grad_output, q, k, v, result.output, result.lse)
+        milli = milliseconds(lambda: kernel.backward_queries(*rows, work, key_heads=heads, **options))
+    else:  # the time does not depend on the numbers
+        statistics = kernel._new_statistics(q, heads).zero_()
+        milli = milliseconds(lambda: kernel.backward_keys(grad_output, q, k, v, statistics, work, **options))
+    products = {"forward": 2, "queries": 3, "keys": 4}[kind]
+    return {"ms": milli, "tflops": products / 2 * case.forward_flops / 1e9 / milli}
+
+
+def measure_tiles(records: list[dict[str, Any]]) -> None:
+    """Which tiles `affina.kernels.triton.attention.tiles_for` should take on a card with descriptors."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        return
+    for case in (case for case in timed_cases() if case.name in ("8x2048", "1x2048", "packed-16384", "packed-2048")):
+        for kind, shapes in TILES.items():
+            for shape in shapes:
+                label = "{} {}x{}, {} warps, {} stages".format(kind, *shape)
+                attempt(records, "tile", case, label, partial(tile_times, case, kind, shape))
+
+
 def measure_ragged_cudnn(records: list[dict[str, Any]]) -> None:
     """Forward by cuDNN on ragged offsets, backward by flash on its output and log-sum-exp."""
     for case in checked_cases():
@@ -311,22 +355,6 @@ def measure_ragged_cudnn(records: list[dict[str, Any]]) -> None:
     for case in timed_cases():
         if len(set(case.lengths)) > 1:
             attempt(records, "time", case, "cudnn, ragged", partial(times, case, "cudnn"))
-
-
-def run_ragged_cudnn_apart(output: Path) -> list[dict[str, Any]]:
-    part = output.with_suffix(".ragged.json")
-    command = [sys.executable, __file__, "--ragged-cudnn", "--output", str(part)]
-    try:
-        done = subprocess.run(command, timeout=SECONDS_FOR_RAGGED_CUDNN, check=False)
-    except subprocess.TimeoutExpired:
-        print(f"cudnn on ragged documents: stopped after {SECONDS_FOR_RAGGED_CUDNN} s", flush=True)
-        return []
-    print(f"cudnn on ragged documents: exit status {done.returncode}", flush=True)
-    if not part.exists():
-        return []
-    records: list[dict[str, Any]] = json.loads(part.read_text())["records"]
-    part.unlink()
-    return records
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
@@ -404,8 +432,8 @@ def main() -> None:
         measure_ragged_cudnn(records)
     else:
         measure(records)
-        records += run_ragged_cudnn_apart(options.output)
         print_table(records)
+        measure_tiles(records)
     head = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

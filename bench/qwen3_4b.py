@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "qwen3_4b.json")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--without-checks", action="store_true", help="only the presets' runs")
     parser.add_argument("--engine", choices=("reference", "fast"), default="fast")
     parser.add_argument("--only-checks", action="store_true", help="keep the runs of an earlier record")
     arguments = parser.parse_args()
@@ -136,18 +137,22 @@ def main() -> None:
             "runs": [],
         }
         if arguments.only_checks:
-            record |= json.loads(arguments.output.read_text())
+            record |= json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         for name, preset in (("starter", "starter"), ("production", "production"), ("premium", "premium")):
             if arguments.only_checks:
                 break
             record["runs"].append(run(name, preset, root / "model", arguments.data, root, **steps))
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        if arguments.without_checks:
+            return
+        record["num_layers_of_checks"] = arguments.layers
         record["resume"] = {
             engine: check_resume(root / "model", arguments.data, root, engine=engine)
             for engine in ("reference", "fast")
         }
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        print(json.dumps(record["resume"]), flush=True)
         started = time.perf_counter()
         record["merge"] = affina.merge(root / "runs" / "whole-fast", root / "merged").to_dict()
         record["merge"]["seconds"] = time.perf_counter() - started

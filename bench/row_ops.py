@@ -32,14 +32,7 @@ DEVICE = "cuda"
 LAUNCHES, REPLAYS = 20, 5
 
 ROW_TILES = [RowTile(12, 1, 1), RowTile(24, 1, 1), RowTile(48, 1, 1), RowTile(24, 4, 3), RowTile(12, 4, 3)]
-SUM_TILES = [
-    UpdateTile(16, 256, 8, 1),
-    UpdateTile(16, 256, 8, 3),
-    UpdateTile(16, 128, 4, 3),
-    UpdateTile(16, 128, 4, 4),
-    UpdateTile(32, 128, 8, 3),
-]
-ADD_TILES = [UpdateTile(16, 128, 4, 1), UpdateTile(32, 128, 4, 1), UpdateTile(64, 64, 4, 1), UpdateTile(16, 256, 4, 1)]
+ADD_TILES = [UpdateTile(16, 128, 4), UpdateTile(32, 128, 4), UpdateTile(64, 64, 4), UpdateTile(16, 256, 4)]
 PLAIN_TILES = [Tile(1024, 4, 4, 1), Tile(1024, 8, 4, 1), Tile(512, 4, 2, 1), Tile(1024, 4, 4, 3)]
 UPDATE_TILES = [
     Tile(1024, 4, 4, 1),
@@ -77,7 +70,7 @@ def row_cases(num_rows: int, rank: int) -> Iterator[Case]:
     lora = RowUpdate(random(num_rows, rank), random(WIDTH, rank, factor=0.1), 2.0)
     _, rstd = rms_norm(x, weight, 1e-6)
     one = num_rows * WIDTH * BYTES
-    rows, updates = norm_kernels.ROW_TILES, norm_kernels.UPDATE_TILES
+    rows = norm_kernels.ROW_TILES
 
     def norm_of_sum(lora: RowUpdate | None) -> None:
         add_rms_norm(x, update, weight, 1e-6, sum_out=update, out=y, lora=lora)
@@ -85,10 +78,6 @@ def row_cases(num_rows: int, rank: int) -> Iterator[Case]:
     def product_then_norm_of_sum() -> None:
         update.addmm_(lora.t, lora.b.t(), alpha=lora.scale)
         norm_of_sum(None)
-
-    def sum_then_norm() -> None:
-        add_rows(x, update, lora=lora, out=update)
-        rms_norm(update, weight, 1e-6, out=y)
 
     yield Case("copy", 2 * one, lambda: y.copy_(x))
     yield Case("rms_norm", 2 * one, lambda: rms_norm(x, weight, 1e-6, out=y), rows, "forward", tuple(ROW_TILES))
@@ -101,17 +90,16 @@ def row_cases(num_rows: int, rank: int) -> Iterator[Case]:
         "backward",
         tuple(ROW_TILES),
     )
-    yield Case(f"add_rms_norm R={rank}", 4 * one, lambda: norm_of_sum(lora), updates, "sum", tuple(SUM_TILES))
+    yield Case(f"add_rms_norm R={rank}", 4 * one, lambda: norm_of_sum(lora))
     yield Case(
         f"add_rows R={rank}",
         3 * one,
         lambda: add_rows(x, update, lora=lora, out=update),
-        updates,
-        "add",
+        vars(norm_kernels),
+        "UPDATE_TILE",
         tuple(ADD_TILES),
     )
     yield Case(f"add_rms_norm R={rank} as addmm_ and add_rms_norm", 4 * one, product_then_norm_of_sum)
-    yield Case(f"add_rms_norm R={rank} as add_rows and rms_norm", 4 * one, sum_then_norm)
 
 
 def head_cases(num_rows: int, rank: int) -> Iterator[Case]:

@@ -42,6 +42,11 @@ def batches_of(spec: dict[str, Any], count: int = 4) -> list[Batch]:
 
 def prepare(spec: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(model, optimiser, engine)"""
+    if not setting.get("deterministic", True):
+        torch.use_deterministic_algorithms(False)
+    else:  # what a run does by default
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     model = random_model(spec).eval().requires_grad_(False)
     options = Nf4Options() if spec.get("nf4") else Fp8Options() if spec.get("fp8") else None
     if options is not None:

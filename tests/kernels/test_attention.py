@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from affina.kernels import attention as kernel
 from affina.kernels.attention import Segments, attention, attention_backward, choose_backend, why_not
 from affina.kernels.packed_attention import Documents, packed_attention
+from tests.kernels.interpreter import run_in_interpreter
 
 SCALE = 0.3
 
@@ -265,10 +266,10 @@ class Card:
         ((9, 0), torch.bfloat16, 128, [2048, 2048], None, "cudnn"),
         ((9, 0), torch.float16, 64, [2048], None, "cudnn"),
         ((9, 0), torch.bfloat16, 128, [2048, 2048], 4096, "cudnn"),
-        ((9, 0), torch.bfloat16, 128, [2048, 2048], 1024, "flash"),
-        ((9, 0), torch.bfloat16, 128, [2048, 2000], None, "flash"),
-        ((9, 0), torch.bfloat16, 128, [16, 16], None, "flash"),
-        ((9, 0), torch.bfloat16, 256, [2048, 2048], None, "flash"),
+        ((9, 0), torch.bfloat16, 128, [2048, 2048], 1024, "triton"),
+        ((9, 0), torch.bfloat16, 128, [2048, 2000], None, "triton"),
+        ((9, 0), torch.bfloat16, 128, [16, 16], None, "triton"),
+        ((9, 0), torch.bfloat16, 256, [2048, 2048], None, "triton"),
         ((9, 0), torch.bfloat16, 100, [2048, 2048], None, "reference"),
         ((9, 0), torch.float32, 128, [2048, 2048], None, "reference"),
         ((8, 0), torch.bfloat16, 128, [2048, 2048], None, "flash"),
@@ -283,11 +284,21 @@ def test_the_backend_follows_from_card_type_and_lengths(
     assert choose_backend(q, v, segments_of(lengths), window) == expected
 
 
-def test_deterministic_algorithms_exclude_cudnn(monkeypatch):
-    card = Card(monkeypatch, (9, 0))
-    q = card.tensor(4096, 2, 128)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_triton", "expected"),
+    [
+        ((9, 0), torch.bfloat16, True, "triton"),
+        ((9, 0), torch.bfloat16, False, "flash"),
+        ((8, 0), torch.float16, True, "triton"),
+        ((9, 0), torch.float32, True, "reference"),
+        ((7, 5), torch.float16, True, "reference"),
+    ],
+)
+def test_deterministic_algorithms_run_on_triton_where_it_runs(monkeypatch, capability, dtype, has_triton, expected):
+    q = Card(monkeypatch, capability).tensor(4096, 2, 128, dtype=dtype)
+    monkeypatch.setattr(kernel, "use_triton", lambda tensor: has_triton)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert choose_backend(q, q, segments_of([2048, 2048])) == "flash"
+    assert choose_backend(q, q, segments_of([2048, 2048])) == expected
 
 
 def test_a_backend_says_why_not(monkeypatch):
@@ -303,8 +314,17 @@ def test_a_backend_says_why_not(monkeypatch):
     assert "window" in why_not("cudnn", q, q, segments_of([8]), 3)
     assert "single tokens" in why_not("cudnn", q, q, segments_of([1] * 8))
     assert why_not("cudnn", q, q, segments_of([8]), 8) is None
+    apart = card.tensor(8, 3, 64)[:, ::2]
+    assert why_not("flash", apart, q, segments_of([8])) is None
+    assert "side by side" in why_not("triton", apart, q, segments_of([8]))
+    monkeypatch.setattr(kernel, "use_triton", lambda tensor: False)
+    assert "not installed" in why_not("triton", q, q, segments_of([8]))
     with pytest.raises(AssertionError, match="unknown"):
-        why_not("triton", q, q, segments_of([8]))
+        why_not("trident", q, q, segments_of([8]))
+
+
+def test_the_triton_kernels_give_the_definition():
+    run_in_interpreter("triton_attention.py")
 
 
 @pytest.mark.parametrize(("window", "backend"), [(None, "flash"), (100, "flash"), (None, "cudnn")])
@@ -339,13 +359,45 @@ def test_the_calls_of_the_cuda_operators_fit_their_schemas(window, backend):
         ("flash", [5, 70, 1, 300], None),
         ("flash", [5, 70, 1, 300], 33),
         ("flash", [1, 1, 1], None),
+        ("triton", [5, 70, 1, 300], None),
+        ("triton", [5, 70, 1, 300], 33),
+        ("triton", [1, 1, 1], None),
         ("cudnn", [256, 256], None),
         ("cudnn", [512], None),
         ("reference", [5, 70, 1, 300], None),
     ],
 )
 def test_each_backend_on_the_card_gives_the_definition(backend, lengths, window):
-    q, k, v, grad_output = inputs_of(sum(lengths), width=64, dtype=torch.bfloat16)
+    assert_card_gives_definition(backend, lengths, window, width=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("_HOPPER", 64),
+        ("_HOPPER", 128),
+        ("_HOPPER", 256),
+        ("_AMPERE", 64),
+        ("_AMPERE", 128),
+        ("_AMPERE", 256),
+    ],
+)
+def test_each_tile_on_the_card_gives_the_definition(monkeypatch, name, width, window):
+    triton_kernel = pytest.importorskip("affina.kernels.triton.attention", reason="triton is not installed")
+    if "HOPPER" in name and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("the card has no tensor memory accelerator")
+    tiles = getattr(triton_kernel, name)
+    tile = tiles[min(known for known in tiles if width <= known)]
+    monkeypatch.setattr(triton_kernel, "tiles_for", lambda q: tile)
+    assert_card_gives_definition("triton", [5, 130, 1, 300, 64], window, width=width)
+
+
+def assert_card_gives_definition(backend, lengths, window, width):
+    q, k, v, grad_output = inputs_of(sum(lengths), heads=8, width=width, dtype=torch.bfloat16)
+    q, k = q * 0.5, k * 0.5  # scores of the size that trained models have
     segments = segments_of(lengths, num_empty=2)
     on_card = Segments(segments.cu_seqlens.cuda(), segments.max_seqlen, segments.lengths, segments.uniform_length)
     q_c, k_c, v_c, grad_c = (tensor.cuda() for tensor in (q, k, v, grad_output))

@@ -10,7 +10,6 @@ import pytest
 import torch
 import triton.language as tl
 
-from affina.kernels import attention as dispatch
 from affina.kernels.attention import Segments, attention, attention_backward, why_not
 from affina.kernels.dispatch import use_triton
 from affina.kernels.triton import attention as kernel
@@ -27,7 +26,7 @@ BY_DESCRIPTORS = Tiles(Tile(32, 16, 4, 2, True), Tile(32, 16, 4, 2, True), Tile(
 
 
 def let_bfloat16_multiply():
-    """Products of bfloat16 become those of the numbers; Triton 3.6's interpreter multiplies the integers that hold them."""
+    """Makes Triton 3.6's interpreter multiply bfloat16 numbers, not the integers that hold them."""
     from triton.runtime import interpreter
 
     create_dot = interpreter.InterpreterBuilder.create_dot
@@ -47,6 +46,7 @@ if DEVICE.type == "cpu":
     exact_casts.install()
     loop_bounds.install()
     let_bfloat16_multiply()
+
 
 @pytest.fixture(autouse=True, params=[BY_POINTERS, BY_DESCRIPTORS], ids=["pointers", "descriptors"])
 def small_tiles(request, monkeypatch):
@@ -126,24 +126,99 @@ def test_the_kernels_are_what_runs():
     assert why_not("triton", q, v, segments_of([8])) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "lengths", [[1], [37], [1, 1, 1], [0, 3, 0, 0, 50, 17, 1, 16, 0]], ids=["token", "one", "tokens", "several, empty"]
+    ("lengths", "dtype"),
+    [([1], torch.bfloat16), ([1, 1, 1], torch.float16), ([0, 3, 0, 0, 50, 17, 1, 16, 0], torch.bfloat16)],
+    ids=["token", "tokens", "several, empty"],
 )
 def test_output_and_gradients_are_those_of_the_definition(lengths, dtype):
     assert_is_definition(lengths, dtype=dtype)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (3, 1), (6, 1), (12, 2)])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 1), (3, 1), (6, 1)])
 def test_heads_share_keys_in_any_ratio(heads, groups):
-    assert_is_definition([20, 35], heads=heads, groups=groups)
+    assert_is_definition([20, 18], heads=heads, groups=groups, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 33])
+@pytest.mark.parametrize("window", [1, 5, 20])
 def test_a_window_hides_what_lies_before_it(window):
-    assert_is_definition([50, 3, 20], window=window)
+    assert_is_definition([38, 3], window=window)
 
 
-@pytest.mark.parametrize("width", [8, 24, 64, 80])
+@pytest.mark.parametrize("width", [8, 80])
 def test_a_head_dim_that_is_no_power_of_two_is_padded(width):
-    assert_is_definition([5, 30], width=width, heads=2, groups=1)
+    assert_is_definition([5, 20], width=width, heads=2, groups=1)
+
+
+def test_large_scores_stay_finite():
+    q, k, v, grad_output = inputs_of(40)
+    for window in (None, 8):
+        result, gradients = both_passes(q * 30, k * 30, v, grad_output, segments_of([30, 10]), window)
+        assert all(torch.isfinite(tensor).all() for tensor in (result.output, result.lse, *gradients))
+
+
+def test_nothing_depends_on_neighbours_or_on_memory_that_was_never_written(monkeypatch):
+    lengths = [5, 40, 6]
+    q, k, v, grad_output = inputs_of(sum(lengths))
+    result, gradients = both_passes(q, k, v, grad_output, segments_of(lengths))
+    others = [tensor.clone() for tensor in (q, k, v, grad_output)]
+    for tensor in others:
+        tensor[:5] *= -3
+        tensor[45:] += 7
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype=None, **options: (
+        empty(*shape, dtype=dtype, **options).fill_(float("nan") if dtype.is_floating_point else 0)
+    ))  # fmt: skip
+    again, same_gradients = both_passes(*others, segments_of(lengths))
+    for found, wanted in zip(
+        (again.output, again.lse, *same_gradients), (result.output, result.lse, *gradients), strict=True
+    ):
+        assert torch.equal(found[5:45], wanted[5:45])
+        assert torch.isfinite(found).all()
+
+
+def test_the_log_sum_exp_is_that_of_the_reference():
+    lengths = [5, 40, 6]
+    q, k, v, grad_output = inputs_of(sum(lengths), dtype=torch.float16)
+    result, _ = both_passes(q, k, v, grad_output, segments_of(lengths))
+    wide = attention(q.float(), k.float(), v.float(), segments_of(lengths), scale=SCALE, backend="reference")
+    assert result.lse.shape == wide.lse.shape
+    torch.testing.assert_close(result.lse, wide.lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("lengths", [[1], [0, 33, 0, 16, 100, 1, 0, 17, 0], [1] * 150], ids=["1", "9", "150"])
+def test_the_work_list_holds_each_block_once_with_the_longest_first(lengths, block):
+    segments = segments_of(lengths)
+    work = segments.work_list(sum(lengths), block).tolist()
+    count = sum(-(-length // block) for length in lengths)
+    starts = segments.cu_seqlens.tolist()
+    expected = sorted(
+        ((-rank, document) for document, length in enumerate(lengths) for rank in range(-(-length // block)))
+    )
+    assert len(work) == sum(lengths) // block + min(len(lengths), sum(lengths)) >= count
+    assert work[:count] == [[starts[document], lengths[document], -rank, document] for rank, document in expected]
+    assert all(length == 0 for _, length, _, _ in work[count:])
+
+
+def test_a_work_list_is_made_once_until_the_bounds_are_written_to():
+    segments = segments_of([20, 12])
+    work = segments.work_list(32, 16)
+    assert segments.work_list(32, 16) is work
+    assert segments.work_list(32, 32) is not work
+    segments.cu_seqlens.copy_(torch.tensor([0, 12, 32]))
+    assert segments.work_list(32, 16)[0].tolist() == [12, 20, 1, 1]
+
+
+def test_large_tiles_take_short_rows():
+    """The tiles that cards use; a row is shorter than any of them."""
+    tiles = kernel._HOPPER[64]
+    lengths = [9, 1, 20]
+    q, k, v, grad_output = inputs_of(30, width=64)
+    segments = segments_of(lengths)
+    output, lse = kernel.forward(
+        q, k, v, segments.work_list(30, tiles.forward.tokens(2)), scale=SCALE, window=None, tile=tiles.forward
+    )
+    expected, expected_lse, _ = expected_of(q, k, v, grad_output, lengths, None)
+    assert_close(output, expected, torch.bfloat16)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)

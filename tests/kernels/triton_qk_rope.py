@@ -78,6 +78,17 @@ def test_the_gradient_written_over_qkv_is_the_same(dtype, norms, ranks):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize(("tile", "ranks"), [((16, 2, 1, 1), None), ((2048, 3, 8, 3), (4, 3, 20))])
+def test_other_tiles_equal_the_definition(tile, ranks, monkeypatch):
+    from affina.kernels.triton import qk_rope as kernels
+
+    for key in kernels.TILES:
+        monkeypatch.setitem(kernels.TILES, key, kernels.Tile(*tile))
+    problem = random_problem(20, 5, 2, 32, ranks=ranks)
+    assert_forward(problem, torch.float32, TOLERANCE)
+    assert_backward(problem, random_gradients(problem, torch.float32), torch.float32, TOLERANCE)
+
+
 def test_columns_beside_a_strided_gradient_stay_untouched():
     problem = random_problem(5, 2, 1, 6)
     gradients = random_gradients(problem, torch.float32)

@@ -144,6 +144,25 @@ def test_results_written_over_inputs_are_the_same(shape):
         assert torch.equal(gradient, wanted)
 
 
+@pytest.mark.parametrize("shape", [(11, 300), (70, 33)])
+def test_rows_taken_in_steps_give_the_same_bits(shape, monkeypatch):
+    from affina.kernels.triton import rms_norm as kernels
+
+    weight = random_weight(shape[1])
+
+    def results():
+        x, update, residual = (random_rows(*shape, seed=seed, slack=3) for seed in range(3))
+        s, y, rstd = add_rms_norm(x, update, weight, EPSILON, sum_out=update)
+        gradient = rms_norm_backward(y, s, weight, rstd, grad_residual=residual, out=residual)
+        return [s, y, rstd, gradient, rms_norm(x, weight, EPSILON, out=x)[0]]
+
+    wanted = results()
+    monkeypatch.setattr(kernels, "_MIN_PROGRAMS", 0)
+    for kernel in kernels.ROW_TILES:
+        monkeypatch.setitem(kernels.ROW_TILES, kernel, kernels.RowTile(elements=24, steps=4, stages=3))
+    assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
+
+
 def test_columns_beside_a_strided_output_stay_untouched():
     x, weight = random_rows(5, 24), random_weight(24)
     wide = torch.zeros(5, 40)

@@ -46,7 +46,7 @@ def test_a_run_continues_on_the_other_engine(first: str, second: str) -> None:
     state.load(saved)
     steps(cut, optimizer, range(3, 6))
     detach_fast_engine(cut)
-    for (name, expected), found in zip(whole.named_parameters(), cut.parameters(), strict=True):
+    for (_, expected), found in zip(whole.named_parameters(), cut.parameters(), strict=True):
         # Adam divides gradients by their own size, so float32 noise of tiny ones shows: 1e-3 of a step of lr 1e-3.
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
 

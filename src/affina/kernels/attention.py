@@ -46,6 +46,11 @@ buffers. The backward pass allocates such buffers of (T + 128 · S) · H · K an
 type; the kernels launch in proportion to ⌈max_seqlen / 128⌉ · S · H blocks, of which those behind a document's end
 return at once. So S and `max_seqlen` should not be larger than needed; else empty documents cost nothing.
 
+*triton*: our own kernels (`affina.kernels.triton.attention`); 16 bits, sm ≥ 80, K ≤ 256 and a multiple of 8. No
+atomics, so always deterministic: ∂q by one kernel, ∂k and ∂v by another, seven products in the backward pass instead of
+five. It launches ⌊T / block⌋ + S blocks per head whatever the documents' lengths, takes G < H as it is, and allocates
+nothing but the gradients and 8 bytes per row and head. A document sees nothing of its neighbours while they are finite.
+
 *cudnn*: documents of one length are a dense batch: views, no copies, except that v is made contiguous for the backward
 pass when it is a strided view (newer torch demands that ∂v has the strides of v). 16 bits, sm ≥ 80, K ≤ 128 and a
 multiple of 8. **Not deterministic**: torch does not ask cuDNN for its deterministic backward algorithm, whatever
@@ -78,12 +83,11 @@ from affina.kernels.dispatch import use_triton
 
 BACKENDS: Final = ("reference", "triton", "flash", "cudnn")
 
-SHORTEST_DENSE_CUDNN: Final[dict[int, int]] = {9: 1024, 10: 1024}
-"""Compute capability (major) → the document length from which a dense batch runs on cuDNN instead of flash.
+SHORTEST_DENSE_CUDNN: Final[dict[int, int]] = {9: 2048, 10: 1024}
+"""Compute capability (major) → the document length from which a dense batch runs on cuDNN, where bits may differ.
 
-The place for what `bench/attention.py` measures. So far, on an H200, causal, forward and backward, 16,384 tokens: at
-2,048 FlashAttention-2 234 TFLOP/s, cuDNN 413; at 16,384 318 and 546. 1,024 is a guess below the first of them. On 10.0
-torch itself prefers cuDNN (pytorch#149282). Where no length is given dense batches run on flash."""
+Measured on an H200, forward + backward in ms, H = 32, G = 8, K = 128, 16,384 tokens: documents of 2,048: Triton 2.36,
+cuDNN 2.29, flash 3.81; one of 16,384: cuDNN 14.3, flash 24.1. On 10.0 torch itself prefers cuDNN (pytorch#149282)."""
 
 _LONGEST_GATHERED = 16
 _GATHER_MULTIPLE = 8
@@ -130,6 +134,11 @@ class Segments:
         if self.lengths is not None:
             return self.lengths
         return tuple(end - start for start, end in pairwise(self.cu_seqlens.tolist()) if end > start)
+
+    @property
+    def num_documents(self) -> int:
+        """S, empty documents counted."""
+        return self.cu_seqlens.shape[0] - 1
 
     def work_list(self, num_tokens: int, block: int) -> Tensor:
         """[⌊T / block⌋ + S, 4] int32, the work list of the Triton kernels, made once for all layers of a row.
@@ -236,27 +245,24 @@ def attention_backward(
 def choose_backend(q: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> str:
     """The backend `attention` takes by itself: the fastest one that is known to be right.
 
-    1. Deterministic algorithms demanded: Triton. On an H200, 16,384 tokens, flash's deterministic backward pass takes
-       30.0 ms for one document (17.9 with atomics) and 0.70 instead of 0.51 for one document of 2,048.
-    2. Dense batches on cuDNN from the length in `SHORTEST_DENSE_CUDNN`.
+    1. Where bits may differ from run to run, dense batches: cuDNN from the length in `SHORTEST_DENSE_CUDNN`.
+    2. Triton on Hopper, or where deterministic algorithms are demanded. Measured on an H200, forward + backward in ms:
+       documents of log-normal lengths, median 300, in 16,384 tokens: Triton 0.95, flash 2.00, flash deterministic 2.16.
     3. Flash.
-    4. Triton where flash does not run: cards before Ampere.
-    5. The reference where none runs: CPUs, float32, odd head dims, AMD.
+    4. The reference where none runs: CPUs, float32, cards before Ampere, odd head dims, AMD.
     """
     window = _effective_window(window, segments)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    has_triton = why_not("triton", q, v, segments, window) is None
-    if deterministic and has_triton:
-        return "triton"
-    if not deterministic and why_not("cudnn", q, v, segments, window) is None and _prefers_cudnn(q, segments):
-        return "cudnn"
-    if why_not("flash", q, v, segments, window) is None:
-        return "flash"
-    return "triton" if has_triton else "reference"
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    order = ["flash"]
+    if is_deterministic or (q.device.type == "cuda" and _capability(q.device)[0] == 9):
+        order.insert(0, "triton")
+    if not is_deterministic and _prefers_cudnn(q, segments):
+        order.insert(0, "cudnn")
+    return next((name for name in order if why_not(name, q, v, segments, window) is None), "reference")
 
 
 def _prefers_cudnn(q: Tensor, segments: Segments) -> bool:
-    if segments.uniform_length is None:
+    if segments.uniform_length is None or q.device.type != "cuda":
         return False
     shortest = SHORTEST_DENSE_CUDNN.get(_capability(q.device)[0])
     return shortest is not None and segments.uniform_length >= shortest
@@ -274,8 +280,8 @@ def why_not(backend: str, q: Tensor, v: Tensor, segments: Segments, window: int 
         return "it needs a CUDA device"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, the inputs are {q.dtype}"
-    if on_cuda and (objection := _card_objection(backend, q)) is not None:
-        return objection
+    if on_cuda and _capability(q.device) < (8, 0):
+        return f"it needs compute capability 8.0 (Ampere), the device has {_capability(q.device)}"
     head_dim, widest = q.shape[-1], 128 if backend == "cudnn" else 256
     if head_dim % 8 != 0 or head_dim > widest:
         return f"it needs a head dim that is a multiple of 8 and at most {widest}, this one is {head_dim}"
@@ -287,17 +293,6 @@ def why_not(backend: str, q: Tensor, v: Tensor, segments: Segments, window: int 
         return "torch gives cuDNN no sliding window"
     if backend == "cudnn" and segments.uniform_length == 1:
         return "cuDNN has no causal attention of single tokens"
-    return None
-
-
-def _card_objection(backend: str, q: Tensor) -> str | None:
-    capability = _capability(q.device)
-    if backend != "triton" and capability < (8, 0):
-        return f"it needs compute capability 8.0 (Ampere), the device has {capability}"
-    if capability < (7, 5):
-        return f"it needs compute capability 7.5 (Turing), the device has {capability}"
-    if capability < (8, 0) and q.dtype != torch.float16:
-        return f"a device of compute capability {capability} computes in float16, the inputs are {q.dtype}"
     return None
 
 
@@ -366,10 +361,24 @@ def _triton_backward(
 
     num_tokens, repeats = q.shape[0], q.shape[1] // k.shape[1]
     tiles = kernel.tiles_for(q)
-    query_work = segments.work_list(num_tokens, tiles.queries.tokens(repeats))
+    grad_q, statistics = kernel.backward_queries(
+        grad_output,
+        q,
+        k,
+        v,
+        result.output,
+        result.lse,
+        segments.work_list(num_tokens, tiles.queries.tokens(repeats)),
+        scale=scale,
+        window=window,
+        tile=tiles.queries,
+        key_heads=tiles.keys.heads(repeats),
+    )
     key_work = segments.work_list(num_tokens, tiles.keys.keys)
-    rows = (grad_output, q, k, v, result.output, result.lse)
-    return kernel.backward(*rows, query_work, key_work, scale=scale, window=window, tiles=tiles)
+    grad_k, grad_v = kernel.backward_keys(
+        grad_output, q, k, v, statistics, key_work, scale=scale, window=window, tile=tiles.keys
+    )
+    return grad_q, grad_k, grad_v
 
 
 # ------------------------------------------------------------------------------------------------ flash

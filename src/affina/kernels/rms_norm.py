@@ -128,7 +128,8 @@ def add_rms_norm(
         if lora is None:
             kernels.launch_forward(x, update, weight, epsilon, sum_out=s, out=y, rstd=r)
         else:
-            kernels.launch_updated_forward(x, update, lora, weight, epsilon, sum_out=s, out=y, rstd=r)
+            kernels.launch_add(x, update, lora, s)
+            kernels.launch_forward(s, None, weight, epsilon, sum_out=None, out=y, rstd=r)
         return s, y, r
     for part in _row_chunks(x):
         _add_reference(x, update, lora, s, part)

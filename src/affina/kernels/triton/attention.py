@@ -10,15 +10,16 @@ kernel per micro-batch turns `cu_seqlens` into a list of blocks of B tokens, eac
 entries, whose programs return at once. The list is sorted by a block's rank r inside its document, highest first. A
 query block with B tokens before it r times, and a key block with r blocks behind it, both have r + 1 blocks of work:
 one list serves both passes, and the longest programs start first, so that the card does not wait for one of them at
-the end. Position of entry (d, r), without a sort, with n_d the number of blocks of document d:
+the end. Position of entry (d, r), without a sort, with n_d the number of blocks of document d, is the number of blocks
+of higher rank, and of those of the same rank in earlier documents:
 
-    Σ_e max(0, n_e − r − 1)  +  #{e < d : n_e > r}        blocks of higher rank, and of the same rank in earlier documents
+    Σ_e max(0, n_e − r − 1)  +  #{e < d : n_e > r}
 
 **Query heads in one tile.** The R query heads of a key head need the same keys. A tile of M rows holds P of them (the
 largest power of two that divides R and leaves 16 tokens) with M / P consecutive tokens each, not M tokens of one head.
-Per row a tile computes about M / 2P + N / 2 products behind the diagonal, N the keys of a tile: with M = 128, N = 64,
-P = 4 a document of 300 tokens costs 1.4 times its triangle instead of 2.0, one of 2,048 1.05 instead of 1.09. Only tiles
-on the diagonal (or on the window's edge) are masked.
+Then a row's keys end M / P tokens behind the block's first instead of M: with M = 128, N = 64 keys and P = 4 a document
+of 300 tokens costs 1.4 times its triangle instead of 2.0, one of 2,048 1.05 times instead of 1.09. Only tiles on the
+diagonal (or on the window's edge) are masked.
 
 **Forward.** Online softmax in powers of two: with m the running maximum of c · q·k, p = 2^(c·q·k − m) is one fused
 multiply-add and one exponential; l = Σ p, and lse = (m + log₂ l) · ln 2.
@@ -34,10 +35,18 @@ In 2 the scores are computed transposed: Pᵀ and ∂Sᵀ come out in the layout
 operand from registers, so that neither goes through shared memory; kᵀ, qᵀ, vᵀ and ∂yᵀ are views that the matrix unit
 reads from shared memory either way.
 
-Accumulators, softmax, lse and D are float32; P and ∂S are rounded to the inputs' type before their products. Tiles are
-read once per program: forward M / P tokens cost (M + 2 · keys) · K elements. Padding: K is filled up to a power of two with zeros
-(80 and 96 to 128). Row strides are compile-time constants, so that the addresses of a tile are one register and
-constants; offsets of a row are 64 bits, inside a tile 32.
+**Tiles from memory.** On compute capability 9.0 and 10.0 a tile [tokens, heads, K] is one request to the tensor memory
+accelerator, which needs neither registers for addresses nor instructions for masks: with pointers the second backward
+kernel spills (255 registers and 128 bytes of stack against 252 and none). What a request reads behind a document's end
+belongs to the next one; it meets weights that are exactly zero, so it has no influence unless it is not finite.
+Elsewhere pointers, with row strides as compile-time constants.
+
+Accumulators, softmax, lse and D are float32; P and ∂S are rounded to the inputs' type before their products. K is
+filled up to a power of two with zeros (80 and 96 to 128). Elements read: (M + 2 · keys) · K by a query tile, twice that
+in the backward pass, and 2 · (N + R · queries) · K by a key tile. Offsets of a row are 64 bits wide, inside a
+tile 32, coordinates of descriptors 32: T · 2P < 2³¹.
+
+Triton 3.6 has no code for the matrix unit below 8.0.
 
 Rows that are in no document are not written.
 """
@@ -48,6 +57,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -69,8 +79,8 @@ _LN_2 = math.log(2.0)
 class Tile:
     """One kernel's tile: rows (query heads × tokens) × keys, and how the compiler schedules it.
 
-    descriptors: tiles come through the tensor memory accelerator (compute capability 9.0), which needs neither registers
-                 for addresses nor instructions for masks; else by pointers
+    descriptors: tiles come through the tensor memory accelerator (compute capability 9.0 and 10.0), else by pointers
+    max_heads:   the most query heads in a tile, a power of two
     """
 
     rows: int
@@ -97,20 +107,41 @@ class Tiles:
     keys: Tile
 
 
-_HOPPER: Final = Tiles(
-    Tile(128, 128, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(64, 128, 8, 2, True)
-)
+# Rows, keys, num_warps, num_stages, descriptors. None spills (ptxas of Triton 3.6, 9.0 and 8.0, R = 4). With two stages
+# a tile is asked for at the end of the step before its own: enough only where a processor has other programs to run.
+_HOPPER: Final = {
+    # Two or three programs to a processor. Measured on an H200, 8 documents of 2,048, H = 32, G = 8, K = 128: 0.61 ms
+    # forward and 1.74 backward (449 and 394 TFLOP/s of the usual two and five products). Twice the rows, one program
+    # to a processor: 0.69 and 1.84 by pointers, 0.65 and 2.02 by descriptors. With descriptors of 128 keys what Triton
+    # 3.6 compiles is wrong (44% off).
+    64: Tiles(Tile(64, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(64, 64, 4, 3, True)),
+    128: Tiles(Tile(64, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(64, 64, 4, 2, True)),
+    256: Tiles(Tile(64, 64, 4, 2, True), Tile(64, 32, 8, 2, False), Tile(32, 64, 8, 2, True)),
+}
+_AMPERE: Final = {
+    # At most 99 KiB, so that they also run on 8.6, 8.9 and 12.0.
+    64: Tiles(Tile(128, 64, 8, 2, False), Tile(64, 32, 4, 2, False), Tile(32, 64, 4, 2, False)),
+    128: Tiles(Tile(128, 64, 8, 2, False), Tile(64, 64, 4, 2, False), Tile(64, 64, 8, 2, False)),
+    256: Tiles(Tile(64, 32, 4, 2, False), Tile(32, 32, 4, 2, False), Tile(16, 64, 8, 2, False)),
+}
 
 
 def tiles_for(q: Tensor) -> Tiles:
-    """The tiles for the card and the head dim of q."""
-    return _HOPPER
+    """The tiles for the card and the head dim."""
+    tiles = _HOPPER if q.is_cuda and _has_descriptors(q.device) else _AMPERE
+    return tiles[min(width for width in tiles if q.shape[2] <= width)]
+
+
+@lru_cache(maxsize=8)
+def _has_descriptors(device: torch.device) -> bool:
+    """Whether the card has a tensor memory accelerator and 227 KiB of shared memory for a program: 9.0, 10.0, 10.3."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 # ------------------------------------------------------------------------------------------------ work list
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_documents", "num_entries"])
 def _work_list_kernel(
     cu_seqlens, work, num_documents, num_entries, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
@@ -245,7 +276,9 @@ def _store_tile(
 
 
 @triton.jit
-def _load_statistics(source, part, token, end, stride, ROWS: tl.constexpr, HEADS: tl.constexpr, IS_DESCRIPTOR: tl.constexpr):
+def _load_statistics(
+    source, part, token, end, stride, ROWS: tl.constexpr, HEADS: tl.constexpr, IS_DESCRIPTOR: tl.constexpr
+):
     """[ROWS] log₂ lse and [ROWS] −D of a tile, from [H / HEADS, T, HEADS, 2]."""
     if IS_DESCRIPTOR:
         pairs = source.load([part, token * (2 * HEADS)])
@@ -351,7 +384,7 @@ def _forward_kernel(
 # ------------------------------------------------------------------------------------------------ backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["statistics_stride"])
 def _grad_q_kernel(
     q,
     k,
@@ -402,9 +435,10 @@ def _grad_q_kernel(
     row_token = (start + first).to(tl.int64) + row // HEADS
     negative_delta = -tl.sum(g_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
     row_lse = tl.load(lse + row_token * NUM_HEADS + row_head, mask=row_exists, other=0.0) * 1.4426950408889634
-    place = (row_head // KEY_HEADS).to(tl.int64) * statistics_stride + (row_token * KEY_HEADS + row_head % KEY_HEADS) * 2
-    tl.store(statistics + place, row_lse, mask=row_exists)
-    tl.store(statistics + place + 1, negative_delta, mask=row_exists)
+    part, part_head = (row_head // KEY_HEADS).to(tl.int64), row_head % KEY_HEADS
+    pair = statistics + part * statistics_stride + (row_token * KEY_HEADS + part_head) * 2
+    tl.store(pair, row_lse, mask=row_exists)
+    tl.store(pair + 1, negative_delta, mask=row_exists)
 
     sums = tl.zeros([ROWS, PADDED_K], dtype=tl.float32)
     for position in range(_first_key(first, KEYS, WINDOW), tl.minimum(first + TOKENS, length), KEYS):
@@ -421,7 +455,7 @@ def _grad_q_kernel(
     _store_tile(grad_q, sums * scale, start + first, end, head, STRIDE, K, PADDED_K, ROWS, HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["statistics_stride"])
 def _grad_kv_kernel(
     q,
     k,
@@ -470,7 +504,7 @@ def _grad_kv_kernel(
     num_steps = tl.cdiv(last - first, TOKENS)
     k_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
     v_sums = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
-    for step in range(0, num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
+    for step in range(num_steps * PARTS):  # one loop over tokens and parts of the heads keeps one pipeline full
         part = 0 if PARTS == 1 else step // num_steps
         position = first + (step - part * num_steps) * TOKENS
         head = group * REPEATS + part * HEADS
@@ -510,7 +544,7 @@ class _Launch:
         return self.q.shape[1] // self.k.shape[1]
 
     def padded_width(self) -> int:
-        return max(16, triton.next_power_of_2(self.q.shape[2]))
+        return max(16, int(triton.next_power_of_2(self.q.shape[2])))
 
     def queries(self, tensor: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
         """[T, H, K] as the kernels read it: P heads of M / P tokens at once."""
@@ -569,33 +603,30 @@ def forward(
     return output, lse
 
 
-def backward(
+def backward_queries(
     grad_output: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     output: Tensor,
     lse: Tensor,
-    query_work: Tensor,
-    key_work: Tensor,
+    work: Tensor,
     *,
     scale: float,
     window: int | None,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂q [T, H, K], ∂k and ∂v [T, G, K], contiguous.
+    tile: Tile,
+    key_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """∂q [T, H, K] contiguous, and what `backward_keys` needs to know of each row (`_new_statistics`).
 
     grad_output, output: [T, H, K] contiguous
-    query_work:          in blocks of `tiles.queries.tokens(R)` tokens
-    key_work:            in blocks of `tiles.keys.keys` tokens
+    work:                in blocks of `tile.tokens(R)` tokens
+    key_heads:           P of the tile of `backward_keys`
     """
-    num_tokens, num_heads, _ = q.shape
-    num_groups = k.shape[1]
     launch = _Launch(q, k, v, window)
-    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    statistics = _new_statistics(q, tiles.keys.heads(launch.repeats))
-    tile = tiles.queries
-    _grad_q_kernel[(query_work.shape[0] * (num_heads // tile.heads(launch.repeats)),)](
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    statistics = _new_statistics(q, key_heads)
+    _grad_q_kernel[(work.shape[0] * (q.shape[1] // tile.heads(launch.repeats)),)](
         launch.queries(q, tile),
         launch.keys(k, tile),
         launch.keys(v, tile),
@@ -604,15 +635,32 @@ def backward(
         lse,
         statistics,
         grad_q,
-        query_work,
+        work,
         statistics.stride(0),
         scale,
         scale * _LOG2_E,
-        KEY_HEADS=tiles.keys.heads(launch.repeats),
+        KEY_HEADS=key_heads,
         **launch.constants(tile),
     )
-    tile = tiles.keys
-    _grad_kv_kernel[(key_work.shape[0] * num_groups,)](
+    return grad_q, statistics
+
+
+def backward_keys(
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: Tensor,
+    work: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """∂k and ∂v [T, G, K], contiguous; `work` in blocks of `tile.keys` tokens."""
+    launch = _Launch(q, k, v, window)
+    grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    _grad_kv_kernel[(work.shape[0] * k.shape[1],)](
         launch.queries(q, tile),
         k,
         v,
@@ -620,17 +668,17 @@ def backward(
         TensorDescriptor.from_tensor(statistics, [1, 2 * tile.rows]) if tile.descriptors else statistics,
         grad_k,
         grad_v,
-        key_work,
+        work,
         statistics.stride(0),
         scale,
         scale * _LOG2_E,
         **launch.constants(tile),
     )
-    return grad_q, grad_k, grad_v
+    return grad_k, grad_v
 
 
 def _new_statistics(q: Tensor, heads: int) -> Tensor:
-    """[H / P, T · P · 2] float32: log₂ lse and −D of P heads next to each other. Rows begin at multiples of 16 bytes."""
+    """[H / P, T · P · 2] float32: log₂ lse and −D of P heads next to each other; rows at multiples of 16 bytes."""
     num_tokens, num_heads, _ = q.shape
     padded = torch.empty(num_heads // heads, (num_tokens + 1) // 2 * heads * 4, dtype=torch.float32, device=q.device)
     return padded[:, : num_tokens * heads * 2]

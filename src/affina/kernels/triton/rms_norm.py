@@ -6,9 +6,9 @@ them in registers from the only read to the only write, so that writing over an 
 must own elements of its own (ROWS · BLOCK ≥ threads · `_MIN_ELEMENTS_PER_THREAD`): where two threads hold the same
 element, one could read it again after the other has written it.
 
-With a low-rank update a program owns BLOCK_ROWS rows, since matrix units multiply at least 16 rows at once, and these
-are too many to hold: it walks over tiles [BLOCK_ROWS, BLOCK_COLUMNS] of them, adds and stores s, and walks over s
-again, which lies in the cache, to normalise it.
+With a low-rank update the sum is a kernel of its own, on tiles [BLOCK_ROWS, BLOCK_COLUMNS], since matrix units multiply
+at least 16 rows at once, too many to hold whole. One kernel for the sum and the norm, walking over a row twice, was
+slower: 116 µs against 104 for both (H200, 16,384 rows of 2,560, rank 16; addmm_ and the norm of the sum: 153).
 
 `num_rows` is not specialised: another number of rows must not compile another kernel in the middle of a run.
 """
@@ -44,7 +44,8 @@ class RowTile(NamedTuple):
 
     elements: of a row that a thread holds at most; more threads only where a row is short
     steps:    tiles of rows, one after the other
-    stages:   steps whose loads are under way at once, through shared memory; 1: one step after the other
+    stages:   1: a step's loads begin with its turn; 3: those of the next step are under way meanwhile; 4: of the next
+              two (2 gains nothing: they begin when the step before is done)
     """
 
     elements: int
@@ -53,12 +54,11 @@ class RowTile(NamedTuple):
 
 
 class UpdateTile(NamedTuple):
-    """The tile of a program that adds a low-rank update. stages: tiles of a row whose loads are under way at once."""
+    """The tile of a program that adds a low-rank update."""
 
     rows: int
     columns: int
     warps: int
-    stages: int
 
 
 ROW_TILES = {
@@ -68,14 +68,8 @@ ROW_TILES = {
 }
 """By kernel; "sum" is the forward kernel with the residual addition. A row of 2,560 on four warps: 48, 63 and 72
 registers a thread, so that 10, 8 and 7 rows are under way on an SM of 64 Ki registers (6, 5 and 5 on eight warps)."""
-UPDATE_TILES = {
-    "sum": UpdateTile(rows=16, columns=256, warps=8, stages=3),
-    "add": UpdateTile(rows=32, columns=128, warps=4, stages=1),
-}
-"""With a low-rank update: the sum with its norm, and the sum alone. Loads that run ahead through shared memory also
-spare the conversion of x and of the update to the layout of the matrix units' products. Few and wide programs, two to
-an SM, since what they have stored of s must stay in the cache until they read it again: 16 rows each, 21 MiB in all on
-132 SMs; four warps on 128 columns, five to an SM, would have 52 MiB under way."""
+UPDATE_TILE = UpdateTile(rows=32, columns=128, warps=4)
+"""On an H200, 16,384 rows of 2,560, rank 16: 62 µs, 4.07 TB/s; 16 × 128, 64 × 64 and 16 × 256 take the same."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -202,77 +196,6 @@ def _load_sum(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _updated_forward_kernel(
-    x_ptr,
-    update_ptr,
-    t_ptr,
-    b_ptr,
-    weight_ptr,
-    sum_ptr,
-    y_ptr,
-    rstd_ptr,
-    num_rows,
-    x_stride,
-    update_stride,
-    t_stride,
-    b_stride,
-    sum_stride,
-    y_stride,
-    scale,
-    epsilon,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WIDEN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = rows < num_rows
-    first_t = load_left_factor(t_ptr, t_stride, rows, row_mask, 0, RANK, BLOCK_RANK, WIDEN)
-    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    for first in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=STAGES):
-        columns = first + tl.arange(0, BLOCK_COLUMNS)
-        column_mask = columns < WIDTH
-        s = _load_sum(
-            x_ptr,
-            update_ptr,
-            first_t,
-            t_ptr,
-            b_ptr,
-            x_stride,
-            update_stride,
-            t_stride,
-            b_stride,
-            scale,
-            rows,
-            row_mask,
-            columns,
-            column_mask,
-            RANK,
-            BLOCK_RANK,
-            WIDEN,
-        )
-        mask = row_mask[:, None] & column_mask[None, :]
-        tl.store(sum_ptr + rows[:, None] * sum_stride + columns[None, :], s, mask=mask)
-        wide = s.to(tl.float32)
-        squares += wide * wide
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + epsilon)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
-    # s is read by other threads than those that wrote it, and y may lie over x, which others may still be reading.
-    tl.debug_barrier()
-    for first in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=STAGES):
-        columns = first + tl.arange(0, BLOCK_COLUMNS)
-        column_mask = columns < WIDTH
-        mask = row_mask[:, None] & column_mask[None, :]
-        s = tl.load(sum_ptr + rows[:, None] * sum_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        y = s * rstd[:, None] * weight[None, :]
-        tl.store(y_ptr + rows[:, None] * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
 def _add_kernel(
     x_ptr,
     update_ptr,
@@ -355,43 +278,11 @@ def launch_forward(
     )
 
 
-def launch_updated_forward(
-    x: Tensor,
-    update: Tensor,
-    lora: RowUpdate,
-    weight: Tensor,
-    epsilon: float,
-    *,
-    sum_out: Tensor,
-    out: Tensor,
-    rstd: Tensor,
-) -> None:
-    """Write x + update + scale · t Bᵀ to `sum_out`, the norm of that to `out`, and its reciprocal to `rstd`."""
-    tile = _update_tile(lora, UPDATE_TILES["sum"])
-    _updated_forward_kernel[(triton.cdiv(x.shape[0], tile["BLOCK_ROWS"]),)](
-        x,
-        update,
-        lora.t,
-        lora.b,
-        weight,
-        sum_out,
-        out,
-        rstd,
-        x.shape[0],
-        *(row_stride(rows) for rows in (x, update, lora.t, lora.b, sum_out, out)),
-        lora.scale,
-        epsilon,
-        WIDTH=x.shape[1],
-        **tile,
-    )
-
-
 def launch_add(x: Tensor, update: Tensor, lora: RowUpdate, out: Tensor) -> None:
     """Write x + update + scale · t Bᵀ to `out`."""
     num_rows, width = x.shape
-    tile = _update_tile(lora, UPDATE_TILES["add"])
+    tile = _update_tile(lora, UPDATE_TILE)
     num_programs = triton.cdiv(num_rows, tile["BLOCK_ROWS"]) * triton.cdiv(width, tile["BLOCK_COLUMNS"])
-    del tile["STAGES"]
     _add_kernel[(num_programs,)](
         x,
         update,
@@ -452,15 +343,12 @@ def _row_tile(x: Tensor, tile: RowTile, num_inputs: int) -> tuple[dict[str, Any]
 def _update_tile(lora: RowUpdate, tile: UpdateTile) -> dict[str, Any]:
     """Launch arguments of a program that adds a low-rank update."""
     rank, element_bytes = lora.t.shape[1], lora.b.element_size()
-    rank_columns = fitting_block_rank(rank, tile.columns, element_bytes)
-    tile_bytes = (2 * tile.rows + rank_columns) * tile.columns * element_bytes
     return {
         "RANK": rank,
-        "BLOCK_RANK": rank_columns,
+        "BLOCK_RANK": fitting_block_rank(rank, tile.columns, element_bytes),
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns,
         "WIDEN": must_widen(lora.b),
-        "STAGES": min(tile.stages, 1 + _MAX_SHARED_BYTES // tile_bytes),
         "num_warps": tile.warps,
         "num_stages": 1,
     }

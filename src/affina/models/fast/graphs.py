@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class GraphedRow:
         shape: RowShape,
         input_ids: Tensor,
         row: RowContext,
-        pool: tuple[int, int],
+        pool: Any,
     ) -> None:
         self._decoder = decoder
         self._input_ids = input_ids.clone()
@@ -89,13 +90,13 @@ class GraphedRow:
         self._backward_graph.replay()
         return self._gradient.clone()
 
-    def _capture(self, policy: SavePolicy, pool: tuple[int, int]) -> None:
+    def _capture(self, policy: SavePolicy, pool: Any) -> None:
         decoder, row = self._decoder, self._row
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # What is set up at the first call (compiled kernels, plans of cuDNN) must exist before the capture. Done at the
-            # leanest level, so that it needs no second set of activations beside that of rows captured before.
+            # What is set up at the first call (compiled kernels, plans of cuDNN) must exist before the capture. Done at
+            # a lean level, so that it needs no second set of activations beside that of rows captured before.
             lean = SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT)
             for _ in range(_WARMUP_RUNS):
                 last, saved = decoder.forward(self._input_ids, row, lean)
@@ -121,7 +122,7 @@ class RowGraphs:
         self._decoder = decoder
         self._note = note
         self.captured: dict[RowShape, GraphedRow] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._refused = False
 
     def row(self, policy: SavePolicy, input_ids: Tensor, row: RowContext) -> GraphedRow | None:
