@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def prepare(spec: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, Any, An
     if not setting.get("deterministic", True):
         torch.use_deterministic_algorithms(False)
     else:  # what a run does by default
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     model = random_model(spec).eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from affina.models.fast.graphs import GraphedRow, RowGraphs
 from affina.models.fast.layer import RowContext, Saved
 from affina.models.fast.memory import free_bytes, working_bytes
 from affina.models.fast.parameters import FlatAdapter
-from affina.models.fast.policy import Keep, SavePolicy, choose_policy
+from affina.models.fast.policy import Keep, RowSizes, SavePolicy, choose_policy
 from affina.models.fast.support import decoder_of
 from affina.models.forward import Batch, predicting_positions, probe_batch, supervised_loss
 from affina.models.structure import base_model_of, body_of
@@ -58,11 +58,15 @@ class FastEngine:
         self.policy = policy
         self.graphs: RowGraphs | None = None
         self.is_flat = is_flat
+        self.has_room_for_graphs = True
         adapter = decoder.adapter
         self.parameters: list[nn.Parameter] = [adapter.parameter] if is_flat else list(adapter.layout)
 
     def enable_graphs(self, note: Callable[[str], None]) -> None:
         """Capture rows as CUDA graphs from now on; `note` is told once why something is not captured."""
+        if not self.has_room_for_graphs:
+            note("no CUDA graphs (memory is short): every operation is launched by itself")
+            return
         self.graphs = RowGraphs(self.decoder, note)
 
     def set_policy(self, policy: SavePolicy) -> None:
@@ -179,8 +183,9 @@ def attach_fast_engine(
         return spec
     expected = _loss_and_gradients(model)
     decoder = build_decoder(model, spec)
-    policy = _policy(decoder, row_tokens, budget_bytes, recompute)
+    policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)
     engine = FastEngine(model, decoder, policy, is_flat=is_flat)
+    engine.has_room_for_graphs = has_room_for_graphs
     set_engine(model, engine)
     difference = _difference(expected, _loss_and_gradients(model))
     limit = _tolerance(model, decoder)
@@ -192,18 +197,27 @@ def attach_fast_engine(
 
 def _policy(
     decoder: Decoder, row_tokens: int, budget_bytes: int | None, recompute: bool | Literal["auto"]
-) -> SavePolicy:
-    if recompute != "auto":
-        return SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT if recompute else Keep.ALL)
+) -> tuple[SavePolicy, bool]:
+    """What layers keep, and whether there is room for captured rows.
+
+    A captured row keeps the memory it works with, so validation, which runs launch by launch, needs the same again.
+    """
     device = decoder.adapter.parameter.device
-    return choose_policy(
-        decoder.spec,
-        budget_bytes=free_bytes(device, budget_bytes) - working_bytes(decoder, row_tokens),
-        num_tokens=row_tokens,
-        itemsize=decoder.final_norm.dtype.itemsize,
-        ranks=largest_ranks(decoder),
-        may_offload=device.type == "cuda",
-    )
+    spare = free_bytes(device, budget_bytes) - working_bytes(decoder, row_tokens)
+    spare_beside_graphs = spare - working_bytes(decoder, row_tokens)
+    sizes: RowSizes = {
+        "num_tokens": row_tokens,
+        "itemsize": decoder.final_norm.dtype.itemsize,
+        "ranks": largest_ranks(decoder),
+    }
+    if recompute != "auto":
+        policy = SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT if recompute else Keep.ALL)
+        return policy, policy.num_bytes(decoder.spec, **sizes) <= spare_beside_graphs
+    may_offload = device.type == "cuda"
+    policy = choose_policy(decoder.spec, budget_bytes=spare_beside_graphs, may_offload=may_offload, **sizes)
+    if Keep.OFFLOADED not in policy.layers:
+        return policy, True
+    return choose_policy(decoder.spec, budget_bytes=spare, may_offload=may_offload, **sizes), False
 
 
 def detach_fast_engine(model: PeftModel) -> None:

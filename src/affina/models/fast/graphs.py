@@ -23,6 +23,8 @@ from affina.models.fast.layer import Pending, RowContext
 from affina.models.fast.policy import Keep, SavePolicy
 
 _WARMUP_RUNS = 2
+_TOKENS_PER_DOCUMENT = 128
+_SHORTEST_BOUND = 2048
 MAX_GRAPHS = 4
 
 
@@ -37,12 +39,13 @@ class RowShape:
 
     @classmethod
     def of(cls, segments: Segments, num_tokens: int) -> RowShape:
-        """Rounded up so that few shapes serve many rows: bounds and lengths to powers of two."""
+        """Rounded up so that few shapes serve many rows, most often one: an empty document costs next to nothing."""
+        num_documents = len(segments.cu_seqlens) - 1
         if segments.uniform_length is not None:
-            return cls(num_tokens, len(segments.cu_seqlens), segments.max_seqlen, segments.uniform_length)
-        bounds = max(16, 1 << (len(segments.cu_seqlens) - 1).bit_length())
-        longest = min(num_tokens, max(128, 1 << (segments.max_seqlen - 1).bit_length()))
-        return cls(num_tokens, bounds + 1, longest, None)
+            return cls(num_tokens, num_documents + 1, segments.max_seqlen, segments.uniform_length)
+        step = max(16, num_tokens // _TOKENS_PER_DOCUMENT)
+        longest = max(_SHORTEST_BOUND, 1 << (segments.max_seqlen - 1).bit_length())
+        return cls(num_tokens, -(-num_documents // step) * step + 1, min(num_tokens, longest), None)
 
 
 class GraphedRow:
@@ -56,6 +59,7 @@ class GraphedRow:
         input_ids: Tensor,
         row: RowContext,
         pool: Any,
+        stream: torch.cuda.Stream,
     ) -> None:
         self._decoder = decoder
         self._input_ids = input_ids.clone()
@@ -66,7 +70,7 @@ class GraphedRow:
             row.flat,
         )
         self._num_replays = 0
-        self._capture(policy, pool)
+        self._capture(policy, pool, stream)
 
     def forward(self, input_ids: Tensor, row: RowContext) -> tuple[Pending, int]:
         """(output of the last layer, valid until the next forward pass; a ticket for `backward`)."""
@@ -90,9 +94,8 @@ class GraphedRow:
         self._backward_graph.replay()
         return self._gradient.clone()
 
-    def _capture(self, policy: SavePolicy, pool: Any) -> None:
+    def _capture(self, policy: SavePolicy, pool: Any, stream: torch.cuda.Stream) -> None:
         decoder, row = self._decoder, self._row
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # What is set up at the first call (compiled kernels, plans of cuDNN) must exist before the capture. Done at
@@ -115,7 +118,8 @@ class GraphedRow:
 class RowGraphs:
     """Captured rows by shape. `note` is told once why something is not captured.
 
-    All share one pool of memory: a row's activations are spent before the next row's forward pass begins.
+    All share one pool of memory: a row's activations are spent before the next row's forward pass begins. They are
+    captured on one stream, since memory that was freed on one stream is not given out on another.
     """
 
     def __init__(self, decoder: Decoder, note: Callable[[str], None]) -> None:
@@ -123,21 +127,28 @@ class RowGraphs:
         self._note = note
         self.captured: dict[RowShape, GraphedRow] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._refused = False
 
     def row(self, policy: SavePolicy, input_ids: Tensor, row: RowContext) -> GraphedRow | None:
         """The graphs for a row of this shape, captured now if need be; None: run it launch by launch."""
         if self._refused:
             return None
+        if Keep.OFFLOADED in policy.layers:
+            self._refuse("inputs of layers are in host memory")
+            return None
         shape = RowShape.of(row.segments, input_ids.shape[0])
         if shape not in self.captured:
             if len(self.captured) >= MAX_GRAPHS:
                 self._refuse(f"rows have more than {MAX_GRAPHS} shapes")
                 return None
-            if self._pool is None:
+            if self._pool is None or self._stream is None:
                 self._pool = torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             try:
-                self.captured[shape] = GraphedRow(self._decoder, policy, shape, input_ids, row, self._pool)
+                self.captured[shape] = GraphedRow(
+                    self._decoder, policy, shape, input_ids, row, self._pool, self._stream
+                )
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypedDict
 
 from affina.models.families import DecoderSpec
 
@@ -104,6 +105,14 @@ class SavePolicy:
         """One line: `30 × all, 6 × products`."""
         counts = {keep: self.layers.count(keep) for keep in Keep}
         return ", ".join(f"{count} × {keep.name.lower()}" for keep, count in reversed(counts.items()) if count)
+
+
+class RowSizes(TypedDict):
+    """What the bytes of a row follow from, besides the decoder."""
+
+    num_tokens: int
+    itemsize: int
+    ranks: LayerRanks
 
 
 def choose_policy(
