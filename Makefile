@@ -5,6 +5,9 @@ BIN     := $(VENV)/bin
 PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
              $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -q
+# The kernels' tests run in Triton's interpreter, on a CPU. A torch for CUDA brings the Triton that it needs; beside one for
+# CPUs, this is it (no constraint: it would stand against the other).
+TRITON  := triton==3.6.0
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: help quickstart test lint type fmt docs bench clean
@@ -48,4 +51,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -e '.[dev]' -c constraints.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" || $(PIP) install --no-deps $(TRITON)
 	@touch $@ $(VENV)/.installed
