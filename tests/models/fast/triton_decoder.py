@@ -1,0 +1,59 @@
+"""The decoder in 16 bits, with low-rank updates folded into the kernels: run by test_folded.py under the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from affina.models.engines import set_engine
+from affina.models.fast.build import build_decoder
+from affina.models.fast.engine import FastEngine
+from affina.models.fast.policy import Keep, SavePolicy
+from affina.models.families import DecoderSpec, read_decoder
+from tests.kernels import exact_casts, loop_bounds
+from tests.models.fast.families import adapted_model, loss_and_gradients
+from tests.models.tiny import batch_of, qwen3_config
+
+LENGTHS = [5, 1, 17, 9]
+TARGETS: dict[str, object] = {"all": "all-linear", "some": ["k_proj", "up_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def repaired_interpreter() -> None:
+    exact_casts.install()
+    loop_bounds.install()
+
+
+def gradients(dtype: torch.dtype, targets: object, *, folds: bool, keep: Keep = Keep.ALL) -> tuple[float, Tensor]:
+    """Loss and all adapter gradients of a model whose weights are exact in float16."""
+    model = adapted_model(qwen3_config(num_hidden_layers=2), targets=targets, dtype=torch.float16)  # type: ignore[arg-type]
+    model.get_base_model().to(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float16).float()
+    spec = read_decoder(model.get_base_model().config)
+    assert isinstance(spec, DecoderSpec)
+    decoder = build_decoder(model, spec)
+    layers = [dataclasses.replace(layer, folds=folds) for layer in decoder.layers]
+    decoder = dataclasses.replace(decoder, layers=layers)
+    set_engine(model, FastEngine(model, decoder, SavePolicy.uniform(2, keep)))
+    loss, found = loss_and_gradients(model, batch_of(LENGTHS))
+    return float(loss), torch.cat([found[name].double().flatten() for name in sorted(found)])
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
+def test_folded_updates_give_the_float32_gradients_within_rounding(targets: str, keep: Keep) -> None:
+    loss, exact = gradients(torch.float32, TARGETS[targets], folds=False)
+    folded_loss, folded = gradients(torch.float16, TARGETS[targets], folds=True, keep=keep)
+    apart_loss, apart = gradients(torch.float16, TARGETS[targets], folds=False, keep=keep)
+    assert folded_loss == pytest.approx(loss, rel=1e-3)
+    assert apart_loss == pytest.approx(loss, rel=1e-3)
+    # float16 rounds at 2^-11 = 5e-4 an operation, some twenty of them one after the other
+    folded_error = float((folded - exact).norm() / exact.norm())
+    apart_error = float((apart - exact).norm() / exact.norm())
+    assert folded_error < 1e-2
+    assert folded_error < 1.5 * apart_error
