@@ -1,4 +1,4 @@
-"""The decoder in 16 bits, with low-rank updates folded into the kernels: run by test_folded.py under the interpreter."""
+"""The decoder in 16 bits with low-rank updates folded into the kernels: test_folded.py runs it in the interpreter."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from affina.models.engines import set_engine
+from affina.models.families import DecoderSpec, read_decoder
 from affina.models.fast.build import build_decoder
 from affina.models.fast.engine import FastEngine
 from affina.models.fast.policy import Keep, SavePolicy
-from affina.models.families import DecoderSpec, read_decoder
 from tests.kernels import exact_casts, loop_bounds
 from tests.models.fast.families import adapted_model, loss_and_gradients
 from tests.models.tiny import batch_of, qwen3_config
