@@ -1,8 +1,9 @@
-"""Errors and speed of rms_norm, swiglu and qk_rope on this machine's GPU, over a few tiles each.
+"""Errors of rms_norm, swiglu and qk_rope on this machine's GPU, and the speed of swiglu over a few tiles.
 
     PYTHONPATH=src python bench/fused_ops.py [--only NAME ...]
 
-NAME: parity, rms_norm, swiglu, swiglu_ranks, qk_rope. Shapes are those of Qwen3-4B with 16,384 tokens, in bfloat16.
+NAME: parity, swiglu, swiglu_ranks (the speed of the others: bench/row_ops.py).
+Shapes are those of Qwen3-4B with 16,384 tokens, in bfloat16.
 Bytes are those that the operation cannot avoid: each operand and result once. Times are medians with a cold L2 cache.
 """
 
@@ -88,17 +89,18 @@ def _swiglu_errors(rows: int, width: int, rank: int, dtype: torch.dtype) -> None
     gate_up, gradient = rand(rows, 2 * width, dtype=dtype), rand(rows, width, dtype=dtype)
     lora = gate_up_update(rows, width, rank, dtype) if rank else None
     compare(f"swiglu {name}", swiglu, gate_up, lora=lora)
-    compare(f"swiglu_backward {name}", swiglu_backward, gradient, gate_up, lora=lora)
-    wanted, activation = swiglu_backward(gradient, gate_up, lora=lora), swiglu(gate_up, lora=lora)
+    if lora is not None:
+        _rank_errors(name, gradient, gate_up, lora, rank)
+        return
+    compare(f"swiglu_backward {name}", swiglu_backward, gradient, gate_up)
+    wanted, activation = swiglu_backward(gradient, gate_up), swiglu(gate_up)
     over, over_gradient = gate_up.clone(), gradient.clone()
-    swiglu_backward(over_gradient, over, out=over, activation_out=over_gradient, lora=lora)
+    swiglu_backward(over_gradient, over, out=over, activation_out=over_gradient)
     assert torch.equal(over, wanted), "in place differs"
     assert torch.equal(over_gradient, activation), "in place differs"
-    if rank:
-        _rank_errors(name, gradient, gate_up, lora, rank)
 
 
-def _rank_errors(name: str, gradient: Tensor, gate_up: Tensor, lora: GateUpUpdate | None, rank: int) -> None:
+def _rank_errors(name: str, gradient: Tensor, gate_up: Tensor, lora: GateUpUpdate, rank: int) -> None:
     """Of the gradients of factors; they are products of rounded numbers, which the float64 reference does not round."""
 
     def with_ranks(
@@ -157,51 +159,34 @@ def replaced(table: MutableMapping[Any, Any], key: Any, value: Any) -> Iterator[
         table[key] = before
 
 
-def speed_rms_norm() -> None:
-    x, residual, gradient, weight = (*(rand(TOKENS, HIDDEN) for _ in range(3)), rand(HIDDEN))
-    y, rstd = rms_norm(x, weight, 1e-6)
-    size = 2 * TOKENS * HIDDEN
-    timed("copy (ceiling)", lambda: y.copy_(x), 2 * size)
-    timed("rms_norm", lambda: rms_norm(x, weight, 1e-6, out=y), 2 * size)
-    timed("add_rms_norm", lambda: add_rms_norm(x, residual, weight, 1e-6, sum_out=x, out=y), 4 * size)
-    timed(
-        "rms_norm_backward and residual",
-        lambda: rms_norm_backward(gradient, x, weight, rstd, grad_residual=residual, out=residual),
-        4 * size,
-    )
-
-
 def speed_swiglu() -> None:
-    """Forward, and backward with the activation written again; `Tile(rows, columns, warps, stages, programs)`."""
+    """Without updates, forward and backward with the activation written again; with updates, forward."""
     from affina.kernels.triton.swiglu_low_rank import TILES, Tile
 
     gate_up, gradient = rand(TOKENS, 2 * INTERMEDIATE), rand(TOKENS, INTERMEDIATE)
     out, activation, grad_gate_up = torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gate_up)
     size = 2 * TOKENS * INTERMEDIATE
     timed("copy of gate and up (ceiling)", lambda: grad_gate_up.copy_(gate_up), 4 * size)
-    tiles = {
-        "forward": (Tile(32, 64, 4, 3, 8), Tile(32, 64, 4, 4, 6), Tile(32, 128, 4, 3, 4), Tile(64, 64, 4, 3, 3)),
-        "backward": (Tile(32, 64, 4, 3, 6), Tile(32, 64, 4, 4, 4), Tile(32, 128, 8, 3, 3), Tile(64, 64, 4, 3, 3)),
-    }
-    for rank in (0, 16, 64):
-        lora = gate_up_update(TOKENS, INTERMEDIATE, rank) if rank else None
+    timed("swiglu, no update", lambda: swiglu(gate_up, out=out), 3 * size)
+    timed(
+        "swiglu_backward, no update",
+        lambda: swiglu_backward(gradient, gate_up, out=grad_gate_up, activation_out=activation),
+        6 * size,
+    )
+    tiles = (Tile(32, 64, 4, 3, 8), Tile(32, 64, 4, 4, 6), Tile(32, 128, 4, 3, 4), Tile(64, 64, 4, 3, 3))
+    for rank, candidates in ((16, tiles), (64, (TILES["forward", 64],))):
+        lora = gate_up_update(TOKENS, INTERMEDIATE, rank)
 
-        def forward(lora: GateUpUpdate | None = lora) -> None:
+        def forward(lora: GateUpUpdate = lora) -> None:
             swiglu(gate_up, out=out, lora=lora)
 
-        def backward(lora: GateUpUpdate | None = lora) -> None:
-            swiglu_backward(gradient, gate_up, out=grad_gate_up, activation_out=activation, lora=lora)
-
-        for kernel, function, num_bytes in (("forward", forward, 3 * size), ("backward", backward, 6 * size)):
-            if rank == 0:
-                timed(f"swiglu {kernel}, no update", function, num_bytes)
-            for tile in {0: (), 16: tiles[kernel], 64: (TILES[kernel, 64],)}[rank]:
-                with replaced(TILES, (kernel, rank), tile):
-                    timed(f"swiglu {kernel}, rank {rank}, {brief(tile)}", function, num_bytes)
+        for tile in candidates:
+            with replaced(TILES, ("forward", rank), tile):
+                timed(f"swiglu, rank {rank}, {brief(tile)}", forward, 3 * size)
 
 
 def speed_swiglu_ranks() -> None:
-    """The backward pass with the gradients of all factors: in one kernel, and as separate products."""
+    """The backward pass with the gradients of all factors, checked against separate products."""
     from affina.kernels.triton.swiglu_low_rank import TILES, Tile
 
     tiles = {
@@ -241,37 +226,12 @@ def speed_swiglu_ranks() -> None:
         def folded(lora: GateUpUpdate = lora, u_down: Tensor = u_down, outputs: dict[str, Tensor] = found) -> None:
             swiglu_backward_with_ranks(gradient, gate_up, lora=lora, u_down=u_down, **outputs, out=grad_gate_up)
 
-        timed(f"backward and separate products, rank {rank}", separate, num_bytes)
+        separate()
         for tile in tiles[rank]:
-            with replaced(TILES, ("gradients", rank), tile):
+            with replaced(TILES, ("backward", rank), tile):
                 timed(f"backward with ranks, rank {rank}, {brief(tile)}", folded, num_bytes)
             errors = [float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted]
             assert max(errors) < 1e-4, f"the factors' gradients differ from the products by {errors}"
-
-
-def speed_qk_rope() -> None:
-    from affina.kernels.triton.qk_rope import TILES, Tile
-
-    for rank, has_norm in ((0, True), (16, True), (16, False)):
-        arguments, keywords = qkv_case(TOKENS, HEADS, KV_HEADS, HEAD_DIM, rank, has_norm)
-        gradients = [rand(TOKENS, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
-        size = 2 * TOKENS * HEAD_DIM
-        num_heads = HEADS + KV_HEADS
-        forward_bytes = 2 * size * (num_heads + (KV_HEADS if rank else 0))
-        backward_bytes = 2 * size * (num_heads + KV_HEADS) + (size * num_heads if has_norm else 0)
-        kind = "update" if rank else "plain"
-        for tile in (Tile(1024, 4, 4, 3 if rank else 1), Tile(1024, 8, 4, 3 if rank else 1), Tile(2048, 4, 4, 1)):
-            label = f"rank {rank}{', normed' if has_norm else ''}, {tile.elements} elements, {tile.heads} heads"
-
-            def forward(arguments: Any = arguments, keywords: Any = keywords) -> None:
-                qk_rope(*arguments, **keywords)
-
-            def backward(arguments: Any = arguments, keywords: Any = keywords, gradients: Any = gradients) -> None:
-                qk_rope_backward(*gradients, *arguments, **keywords, out=arguments[0])
-
-            with replaced(TILES, ("forward", kind), tile), replaced(TILES, ("backward", kind), tile):
-                timed(f"qk_rope {label}", forward, forward_bytes)
-                timed(f"qk_rope_backward {label}", backward, backward_bytes)
 
 
 # Operands
@@ -324,10 +284,8 @@ def brief(tile: Any) -> str:
 
 SECTIONS: dict[str, Callable[[], None]] = {
     "parity": parity,
-    "rms_norm": speed_rms_norm,
     "swiglu": speed_swiglu,
     "swiglu_ranks": speed_swiglu_ranks,
-    "qk_rope": speed_qk_rope,
 }
 
 

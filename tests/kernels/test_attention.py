@@ -313,6 +313,7 @@ def test_a_backend_says_why_not(monkeypatch):
     assert "16 bytes" in why_not("flash", q, card.tensor(8, 129)[:, 1:].unflatten(1, (2, 64)), segments_of([8]))
     assert "window" in why_not("cudnn", q, q, segments_of([8]), 3)
     assert "single tokens" in why_not("cudnn", q, q, segments_of([1] * 8))
+    assert "different lengths" in why_not("cudnn", q, q, segments_of([5, 3]))
     assert why_not("cudnn", q, q, segments_of([8]), 8) is None
     apart = card.tensor(8, 3, 64)[:, ::2]
     assert why_not("flash", apart, q, segments_of([8])) is None
@@ -339,7 +340,7 @@ def test_the_calls_of_the_cuda_operators_fit_their_schemas(window, backend):
         result = kernel._flash_forward(q, k, v, segments, SCALE, window)
         assert result.lse.shape == (4, 768)
     else:
-        result = kernel._cudnn_dense_forward(q, k, v, 256, SCALE)
+        result = kernel._cudnn_forward(q, k, v, 256, SCALE)
         assert result.lse.shape == (3, 4, 256, 1)
     assert result.backend == backend
     assert result.output.shape == q.shape

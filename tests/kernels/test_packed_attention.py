@@ -29,7 +29,7 @@ def row_of(lengths, heads=4, groups=2, width=8, seed=0, dtype=torch.float32):
     count = sum(lengths)
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     tensors = [torch.randn(1, n, count, width, generator=generator).to(dtype) for n in (heads, groups, groups)]
-    return *tensors, Documents.from_cu_seqlens(bounds)
+    return *tensors, Documents.of(bounds, lengths)
 
 
 @settings(max_examples=30, deadline=None)
@@ -63,7 +63,7 @@ def test_gradients_do_not_cross_documents():
 
 
 def test_empty_documents_are_dropped():
-    documents = Documents.from_cu_seqlens(torch.tensor([0, 3, 3, 8], dtype=torch.int32))
+    documents = Documents.of(torch.tensor([0, 3, 3, 8], dtype=torch.int32), [3, 0, 5])
     assert documents.lengths == (3, 5)
     assert documents.cu_seqlens.tolist() == [0, 3, 8]
     assert documents.max_length == 5
@@ -72,7 +72,7 @@ def test_empty_documents_are_dropped():
 def test_bounds_that_do_not_cover_the_row_are_a_bug():
     query, key, value, _ = row_of([5, 7])
     with pytest.raises(AssertionError, match="11 tokens, row of 12"):
-        packed_attention(query, key, value, Documents.from_cu_seqlens(torch.tensor([0, 11])))
+        packed_attention(query, key, value, Documents.of(torch.tensor([0, 11]), [11]))
 
 
 def test_dropout_drops_weights():

@@ -21,7 +21,7 @@ class TinyBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
+    lengths: tuple[int, ...]
     num_supervised: int
 
 
@@ -40,7 +40,7 @@ def batch_of(lengths: list[int], *, seed: int = 0, supervised: float = 0.6, voca
         labels,
         torch.cat([torch.arange(length) for length in lengths]),
         torch.tensor(bounds, dtype=torch.int32),
-        max(lengths),
+        tuple(lengths),
         int((labels != -100).sum()),
     )
 

@@ -20,8 +20,7 @@ class Batch:
     labels:         [T] int64, unshifted, -100 ignored; the first label of every sample is ignored
     position_ids:   [T] int64, restarts at 0 in every sample
     cu_seqlens:     [S+1] int32, where the samples start; the last entry is T
-    max_seqlen:     length of the longest stretch between two entries of cu_seqlens
-    lengths:        of the stretches between them, as Python numbers, so that nobody waits for a GPU to know them
+    lengths:        [S] differences of cu_seqlens as Python numbers, so that nobody waits for a GPU to know them
     num_tokens:     tokens that belong to samples, without padding
     num_supervised: labels that are not ignored
     """
@@ -30,10 +29,14 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
-    max_seqlen: int
     lengths: tuple[int, ...]
     num_tokens: int
     num_supervised: int
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest stretch between two entries of cu_seqlens."""
+        return max(self.lengths)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -85,7 +88,6 @@ def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: 
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=max(lengths),
         lengths=lengths,
         num_tokens=used,
         num_supervised=int((labels != IGNORED_LABEL).sum()),

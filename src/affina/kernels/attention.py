@@ -54,18 +54,16 @@ nothing but the gradients and 8 bytes per row and head. A document sees nothing 
 *cudnn*: documents of one length are a dense batch: views, no copies, except that v is made contiguous for the backward
 pass when it is a strided view (newer torch demands that ∂v has the strides of v). 16 bits, sm ≥ 80, K ≤ 128 and a
 multiple of 8. **Not deterministic**: torch does not ask cuDNN for its deterministic backward algorithm, whatever
-`torch.use_deterministic_algorithms` says, so `choose_backend` never takes it when that is on. Documents of different
-lengths: the forward pass is cuDNN's, on ragged offsets; the backward pass is flash's on cuDNN's output and
-log-sum-exp, because torch's own is wrong before the fix of pytorch#186142 (it takes K for the longest document and
-writes past its workspace). torch before pytorch#191576 also builds that forward plan again at every call, 42–51 ms on
-the host. `choose_backend` never takes this path.
+`torch.use_deterministic_algorithms` says, so `choose_backend` never takes it when that is on. Not for documents of
+different lengths: torch's backward pass on ragged offsets is wrong before the fix of pytorch#186142 (it takes K for the
+longest document and writes past its workspace).
 
 **CUDA graphs.** Nothing waits for the device: with flash and cudnn the host needs `max_seqlen` and, for dense batches,
 `uniform_length`. A fixed S is reached by repeating T at the end of `cu_seqlens` (empty documents). Bounds must cover
 the row: rows of no document get no gradient at all, not zeros (pytorch#176793). cuDNN makes its plan for a shape at
 the first call on a thread, which must not be the captured one.
 
-Index width: offsets are 64-bit in flash; cuDNN's ragged offsets are 32-bit element counts, T · H · K < 2³¹.
+Index width: offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -165,8 +163,8 @@ class AttentionResult:
     """What the forward pass keeps for the backward pass.
 
     output:  [T, H, K] contiguous
-    lse:     float32 (float64) log-sum-exp in the backend's layout: [T, H] reference and triton, [H, T] flash and
-             ragged cudnn, [B, H, L, 1] dense cudnn
+    lse:     float32 (float64) log-sum-exp in the backend's layout: [T, H] reference and triton, [H, T] flash,
+             [B, H, L, 1] cudnn
     saved:   the backend's random state, which its backward operator wants although nothing is dropped
     backend: which one it was
     """
@@ -208,9 +206,8 @@ def attention(
         return _triton_forward(q, k, v, segments, scale, window)
     if backend == "flash":
         return _flash_forward(q, k, v, segments, scale, window)
-    if segments.uniform_length is not None:
-        return _cudnn_dense_forward(q, k, v, segments.uniform_length, scale)
-    return _cudnn_ragged_forward(q, k, v, segments, scale)
+    assert segments.uniform_length is not None, "why_not lets no other document through"
+    return _cudnn_forward(q, k, v, segments.uniform_length, scale)
 
 
 @torch.no_grad()
@@ -237,8 +234,9 @@ def attention_backward(
         return _reference_backward(grad_output, q, k, v, result, segments, scale, window)
     if result.backend == "triton":
         return _triton_backward(grad_output, q, k, v, result, segments, scale, window)
-    if result.backend == "cudnn" and segments.uniform_length is not None:
-        return _cudnn_dense_backward(grad_output, q, k, v, result, segments.uniform_length, scale)
+    if result.backend == "cudnn":
+        assert segments.uniform_length is not None
+        return _cudnn_backward(grad_output, q, k, v, result, segments.uniform_length, scale)
     return _flash_backward(grad_output, q, k, v, result, segments, scale, window)
 
 
@@ -291,6 +289,8 @@ def why_not(backend: str, q: Tensor, v: Tensor, segments: Segments, window: int 
         return "it needs the heads of a token side by side"
     if backend == "cudnn" and _effective_window(window, segments) is not None:
         return "torch gives cuDNN no sliding window"
+    if backend == "cudnn" and segments.uniform_length is None:
+        return "torch's cuDNN backward pass is wrong for documents of different lengths"
     if backend == "cudnn" and segments.uniform_length == 1:
         return "cuDNN has no causal attention of single tokens"
     return None
@@ -468,7 +468,7 @@ def _as_row(batch: Tensor) -> Tensor:
     return batch.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _cudnn_dense_forward(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> AttentionResult:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> AttentionResult:
     output, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
         _as_batch(q.contiguous(), length),  # the output takes the strides of q
         _as_batch(k, length),
@@ -483,7 +483,7 @@ def _cudnn_dense_forward(q: Tensor, k: Tensor, v: Tensor, length: int, scale: fl
     return AttentionResult(_as_row(output), lse, (seed, offset), "cudnn")
 
 
-def _cudnn_dense_backward(
+def _cudnn_backward(
     grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, result: AttentionResult, length: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed, offset = result.saved
@@ -507,30 +507,6 @@ def _cudnn_dense_backward(
     )
     grad_q, grad_k, grad_v = gradients
     return _as_row(grad_q), _as_row(grad_k), _as_row(grad_v)
-
-
-def _cudnn_ragged_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> AttentionResult:
-    """The result has the form of flash's, whose backward pass follows (module docstring)."""
-    bounds = segments.cu_seqlens
-    output, lse, *_ = _aten._cudnn_attention_forward(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        None,  # attn_bias
-        bounds,
-        bounds,
-        segments.max_seqlen,
-        segments.max_seqlen,
-        True,  # compute_log_sumexp
-        0.0,  # dropout_p
-        True,  # is_causal
-        False,  # return_debug_mask
-        scale=scale,
-    )
-    tokens, heads, _ = q.shape
-    no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    lse = lse.reshape(tokens, heads).t().contiguous()
-    return AttentionResult(output.contiguous(), lse, (no_random_state, no_random_state), "cudnn")
 
 
 # ------------------------------------------------------------------------------------------------ reference

@@ -16,16 +16,17 @@ def use_triton(tensor: Tensor) -> bool:
     when it is imported, and AFFINA_TRITON_ON_CPU=1, which is read here.
     """
     if tensor.device.type == "cuda":
-        return _has_triton()
+        return has_triton()
     return tensor.device.type == "cpu" and _interprets_on_cpu()
 
 
 @lru_cache(maxsize=1)
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
 def _interprets_on_cpu() -> bool:
     wanted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("AFFINA_TRITON_ON_CPU") == "1"
-    return wanted and _has_triton()
+    return wanted and has_triton()

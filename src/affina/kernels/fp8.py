@@ -27,20 +27,15 @@ a token with large activations does not cost others their small numbers (range i
 sums to float32 otherwise, at about a third of the speed; the loss is far below that of the format.
 
 **The input gradient** dx = dy · W contracts over N, and Hopper's unit wants both factors contiguous along the
-contracted axis. Two ways:
-
-- `Fp8Weight.backward`: a second copy Wᵀ [K, N], quantised with scales of its own per row of Wᵀ. 2 bytes per weight; the
-  gradient belongs to a weight that differs from the forward pass's by its rounding.
-- `transpose_codes(forward)` when it is needed, with the forward scales, which lie on the contracted axis, multiplied
-  into dy before dy is quantised (`quantize_rows(dy, column_factor=forward_scale)`): dx = (dy ∘ s') · Q'. 1 byte per
-  weight, 2 bytes moved per use, and the gradient is that of the very weight the forward pass used.
+contracted axis. So the codes are transposed when they are needed (2 bytes moved per weight and use), and the weight's
+scales, which lie on the contracted axis, are multiplied into dy before dy is quantised: dx = (dy ∘ s') · Q'. One byte
+per weight is kept, and the gradient is that of the very weight the forward pass used. (A second copy Wᵀ with scales of
+its own would cost another byte per weight, and its gradient would be that of another weight.)
 
 **Bytes.** Quantising reads 2 (or 4) and writes 1 per number. Row offsets are 64 bits wide.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -155,55 +150,17 @@ def _fp8_linear(
     return product.to(out_dtype)
 
 
-# Weights
+# The input gradient
 # -------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """A frozen weight W [N, K] for both products of a linear layer.
-
-    forward, forward_scale:   [N, K] e4m3 and [N] fp32:  y = x Wᵀ
-    backward, backward_scale: [K, N] e4m3 and [K] fp32: dx = dy W; None where the forward copy is transposed at use
-    """
-
-    forward: Tensor
-    forward_scale: Tensor
-    backward: Tensor | None
-    backward_scale: Tensor | None
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = (self.forward, self.forward_scale, self.backward, self.backward_scale)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] the weight that the forward pass multiplies by."""
-        return dequantize_rows(self.forward, self.forward_scale, dtype)
-
-
-@torch.no_grad()
-def quantize_weight(weight: Tensor, *, with_backward: bool = True) -> Fp8Weight:
-    """`weight` [N, K] (bf16, fp16 or fp32) in e4m3, with the copy for the input gradient unless it is not wanted."""
-    forward, forward_scale = quantize_rows(weight.detach())
-    if not with_backward:
-        return Fp8Weight(forward, forward_scale, None, None)
-    backward, backward_scale = quantize_rows(weight.detach().t().contiguous())
-    return Fp8Weight(forward, forward_scale, backward, backward_scale)
 
 
 @torch.no_grad()
 def fp8_linear_backward(
-    gradient: Tensor, weight: Fp8Weight, *, out_dtype: torch.dtype, use_fast_accum: bool = True
+    gradient: Tensor, w8: Tensor, w_scale: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool = True
 ) -> Tensor:
-    """[M, K] dy W for dy [M, N] (bf16, fp16 or fp32), quantising dy; either form of the weight."""
-    if weight.backward is not None and weight.backward_scale is not None:
-        codes, scale = quantize_rows(gradient)
-        return fp8_linear(
-            codes, scale, weight.backward, weight.backward_scale, out_dtype=out_dtype, use_fast_accum=use_fast_accum
-        )
-    codes, scale = quantize_rows(gradient, column_factor=weight.forward_scale)
-    transposed = transpose_codes(weight.forward)
+    """[M, K] dy W for dy [M, N] (bf16, fp16 or fp32), which is quantised, and the weight of `fp8_linear`."""
+    codes, scale = quantize_rows(gradient, column_factor=w_scale)
+    transposed = transpose_codes(w8)
     ones = torch.ones(transposed.shape[0], dtype=torch.float32, device=transposed.device)
     return fp8_linear(codes, scale, transposed, ones, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
 

@@ -23,9 +23,10 @@ are repeated there.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,13 +50,12 @@ class Documents:
         return max(self.lengths)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Documents:
-        """Documents from their bounds; empty documents are dropped. Waits for the device once."""
-        bounds = cu_seqlens.tolist()
-        lengths = tuple(end - start for start, end in pairwise(bounds) if end > start)
-        if len(lengths) != len(bounds) - 1:
-            cu_seqlens = torch.unique_consecutive(cu_seqlens)
-        return cls(cu_seqlens, lengths)
+    def of(cls, cu_seqlens: Tensor, lengths: Sequence[int]) -> Documents:
+        """Documents from their bounds and lengths; empty documents are dropped. Never waits for the device."""
+        present = tuple(length for length in lengths if length > 0)
+        if len(present) != len(lengths):
+            cu_seqlens = torch.tensor([0, *accumulate(present)], dtype=torch.int32).to(cu_seqlens.device)
+        return cls(cu_seqlens, present)
 
 
 def packed_attention(

@@ -59,6 +59,10 @@ import torch
 from torch import Tensor
 
 from affina.kernels.dispatch import use_triton
+from affina.kernels.products import product_into
+
+MAX_FOLDED_RANK = 64
+"""Ranks above it take the reference: their tiles and sums would not fit in a program's registers."""
 
 _CHUNK_ELEMENTS_CPU = 1 << 18
 """Elements that the reference works on at once: 1 MiB of float32 stays in a cache between its passes, and is large
@@ -108,12 +112,17 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None, lora: GateUpUpdate | N
     """
     num_rows, width = _sizes(gate_up, lora)
     activation = _output(gate_up, (num_rows, width), out)
-    if _runs_triton(gate_up):
+    lora = _effective(lora)
+    if not _runs_triton(gate_up, *(lora.ranks if lora is not None else ())):
+        _forward_reference(gate_up, lora, activation)
+    elif lora is None:
         from affina.kernels.triton import swiglu as kernels
 
-        kernels.launch_forward(gate_up, _effective(lora), activation)
+        kernels.launch_forward(gate_up, activation)
     else:
-        _forward_reference(gate_up, lora, activation)
+        from affina.kernels.triton import swiglu_low_rank
+
+        swiglu_low_rank.launch_forward(gate_up, lora, activation)
     return activation
 
 
@@ -131,7 +140,8 @@ def swiglu_backward(
     gate_up:        [M, 2 I] as in the forward pass (without the update)
     out:            [M, 2 I] where the result is written; may be `gate_up`
     activation_out: [M, I] where silu(gate) · up is written again, or None; may be `grad_output`
-    lora:           the same as in the forward pass
+    lora:           the same as in the forward pass; with one this is the reference on every device, since training
+                    takes `swiglu_backward_with_ranks`
 
     All row strides may be larger than the rows.
     """
@@ -141,10 +151,10 @@ def swiglu_backward(
     gradient = _output(gate_up, (num_rows, 2 * width), out)
     if activation_out is not None:
         _output(gate_up, (num_rows, width), activation_out)
-    if _runs_triton(gate_up):
+    if _runs_triton(gate_up) and _effective(lora) is None:
         from affina.kernels.triton import swiglu as kernels
 
-        kernels.launch_backward(grad_output, gate_up, _effective(lora), gradient, activation_out)
+        kernels.launch_backward(grad_output, gate_up, gradient, activation_out)
     else:
         _backward_reference(grad_output, gate_up, lora, gradient, activation_out)
     return gradient
@@ -174,7 +184,7 @@ def swiglu_backward_with_ranks(
     accumulates: add to what the three outputs hold
     out:         [M, 2 I] where the gradient of gate and up is written; may be `gate_up`
 
-    One kernel up to ranks of 64; separate products beyond, where the sums would not fit in its registers.
+    One kernel up to ranks of `MAX_FOLDED_RANK`; separate products beyond.
     """
     num_rows, width = _sizes(gate_up, lora)
     assert grad_output.shape == (num_rows, width), f"gradient {tuple(grad_output.shape)} for {tuple(gate_up.shape)}"
@@ -182,12 +192,11 @@ def swiglu_backward_with_ranks(
     gradients = RankGradients(u_down, grad_b_gate, grad_b_up, grad_a_down, accumulates)
     gradients.check(gate_up, lora)
     gradient = _output(gate_up, (num_rows, 2 * width), out)
-    if _runs_triton(gate_up) and gradients.total_rank > 0:
-        from affina.kernels.triton import swiglu_low_rank as kernels
+    if any(gradients.ranks) and _runs_triton(gate_up, *gradients.ranks):
+        from affina.kernels.triton import swiglu_low_rank
 
-        if kernels.takes(*gradients.ranks):
-            kernels.launch_backward(grad_output, gate_up, _effective(lora), gradient, gradients=gradients)
-            return gradient
+        swiglu_low_rank.launch_backward(grad_output, gate_up, _effective(lora), gradient, gradients)
+        return gradient
     activation = None if u_down is None else grad_output
     swiglu_backward(grad_output, gate_up, out=gradient, activation_out=activation, lora=lora)
     _rank_products(gradient, activation, lora, gradients)
@@ -208,10 +217,6 @@ class RankGradients:
     def ranks(self) -> tuple[int, int, int]:
         """(R_g, R_u, R_d); 0 where there is no factor."""
         return _rank(self.b_gate), _rank(self.b_up), _rank(self.u_down)
-
-    @property
-    def total_rank(self) -> int:
-        return sum(self.ranks)
 
     def check(self, gate_up: Tensor, lora: GateUpUpdate | None) -> None:
         """Every factor has a gradient of its shape."""
@@ -258,8 +263,9 @@ def _effective(lora: GateUpUpdate | None) -> GateUpUpdate | None:
     return lora if lora is not None and any(lora.ranks) else None
 
 
-def _runs_triton(gate_up: Tensor) -> bool:
-    return use_triton(gate_up) and gate_up.dtype != torch.float64 and gate_up.numel() > 0
+def _runs_triton(gate_up: Tensor, *ranks: int) -> bool:
+    fits = max(ranks, default=0) <= MAX_FOLDED_RANK
+    return fits and use_triton(gate_up) and gate_up.dtype != torch.float64 and gate_up.numel() > 0
 
 
 # Reference
@@ -324,20 +330,8 @@ def _rank_products(
         )
         for wide, t, out, scale in factors:
             if out is not None:
-                _product_into(wide.t(), t, out, scale, accumulates=gradients.accumulates)
+                product_into(wide.t(), t, out, factor=scale, accumulates=gradients.accumulates)
     if gradients.u_down is not None:
         assert activation is not None
         assert gradients.a_down is not None
-        _product_into(gradients.u_down.t(), activation, gradients.a_down, 1.0, accumulates=gradients.accumulates)
-
-
-def _product_into(left: Tensor, right: Tensor, out: Tensor, scale: float, *, accumulates: bool) -> None:
-    """out = scale · left @ right, or is increased by it; added up and kept in the type of `out`."""
-    if left.dtype != out.dtype and left.device.type == "cuda":
-        product = torch.mm(left, right, out_dtype=out.dtype)
-        if accumulates:
-            out.add_(product, alpha=scale)
-        else:
-            torch.mul(product, scale, out=out)
-    else:  # with beta = 0 what `out` holds is not read, not even a NaN
-        out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=int(accumulates), alpha=scale)
+        product_into(gradients.u_down.t(), activation, gradients.a_down, accumulates=gradients.accumulates)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,7 @@ class Batch(Protocol):
     """What `affina.data.collate` makes: one row of documents laid end to end.
 
     input_ids, labels, position_ids: [T] int64     cu_seqlens: [S+1] int32, from 0 to T
+    lengths:        differences of cu_seqlens as Python numbers, so that nobody waits for a GPU to know them
     num_supervised: number of labels that are not -100
     """
 
@@ -52,7 +54,7 @@ class Batch(Protocol):
     @property
     def cu_seqlens(self) -> Tensor: ...
     @property
-    def max_seqlen(self) -> int: ...
+    def lengths(self) -> tuple[int, ...]: ...
     @property
     def num_supervised(self) -> int: ...
 
@@ -114,7 +116,7 @@ def hidden_states(model: nn.Module, batch: Batch, *, layout: Layout | None = Non
     base = base_model_of(model)
     if layout == "packed":
         return _packed_hidden(model, base, batch)
-    rows = _to_rows(batch, range(len(batch.cu_seqlens) - 1))
+    rows = _to_rows(batch, range(len(batch.lengths)))
     hidden = _rows_hidden(model, base, rows)
     return hidden.reshape(-1, hidden.shape[-1])[rows.flat_index]
 
@@ -141,7 +143,7 @@ def _packed_hidden(model: nn.Module, base: PreTrainedModel, batch: Batch) -> Ten
     assert body is not None, "a packed row needs a body"
     if base.config._attn_implementation != PACKED_ATTENTION:
         use_packed_attention(base)
-    documents = Documents.from_cu_seqlens(batch.cu_seqlens)
+    documents = Documents.of(batch.cu_seqlens, batch.lengths)
     with compute_context(model), without_masks():
         output = body(
             input_ids=batch.input_ids.unsqueeze(0),
@@ -174,8 +176,8 @@ class _Rows:
 
 
 def _to_rows(batch: Batch, which: range | list[int]) -> _Rows:
-    bounds = batch.cu_seqlens.tolist()
-    chosen = [(bounds[index], bounds[index + 1]) for index in which if bounds[index + 1] > bounds[index]]
+    bounds = [0, *accumulate(batch.lengths)]
+    chosen = [(bounds[index], bounds[index + 1]) for index in which if batch.lengths[index] > 0]
     device = batch.input_ids.device
     width = max((end - start for start, end in chosen), default=1)
     lengths = torch.tensor([end - start for start, end in chosen], device=device)
@@ -235,7 +237,7 @@ def _selected_hidden(model: nn.Module, batch: Batch, layout: Layout | None) -> _
         return _Selected(hidden.index_select(0, positions), targets, positions)
     base = base_model_of(model)
     supervised = batch.labels != IGNORED_LABEL
-    bounds = batch.cu_seqlens.tolist()
+    bounds = [0, *accumulate(batch.lengths)]
     which = [i for i in range(len(bounds) - 1) if bool(supervised[bounds[i] : bounds[i + 1]].any())]
     if not which:
         which = [0]
@@ -379,7 +381,7 @@ class _ProbeBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
+    lengths: tuple[int, ...]
     num_supervised: int
 
 
@@ -397,7 +399,12 @@ def _probe_batch(base: PreTrainedModel, *, documents: int) -> _ProbeBatch:
     cu_seqlens = torch.arange(0, count + 1, _PROBE_LENGTH, dtype=torch.int32)
     device = base.device
     return _ProbeBatch(
-        ids.to(device), ids.to(device), position_ids.to(device), cu_seqlens.to(device), _PROBE_LENGTH, count - documents
+        ids.to(device),
+        ids.to(device),
+        position_ids.to(device),
+        cu_seqlens.to(device),
+        (_PROBE_LENGTH,) * documents,
+        count - documents,
     )
 
 

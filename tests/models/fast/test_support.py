@@ -12,6 +12,7 @@ from transformers import GPT2Config, Qwen3MoeConfig
 from affina.models.adapters import attach_adapter
 from affina.models.compat import quiet_peft
 from affina.models.families import Unsupported, read_decoder
+from affina.models.fast import support
 from affina.models.fast.support import decoder_of
 from tests.models.tiny import VOCABULARY, qwen3_config, random_model
 
@@ -78,6 +79,26 @@ def test_sixteen_bits_on_a_cpu_are_refused() -> None:
     model = attach_adapter(random_model(qwen3_config(), dtype=torch.bfloat16), rank=4)
     found = decoder_of(model)
     assert found == Unsupported("on a CPU it computes in float32, not bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "triton", "reason"),
+    [
+        ("cuda", (7, 5), None, True, "its attention needs compute capability 8.0, the card has 7.5"),
+        ("cuda", (9, 4), "6.2", True, "it has no kernels for ROCm"),
+        ("mps", (0, 0), None, False, "it has no kernels for mps"),
+        ("cuda", (8, 9), None, False, "Triton is not installed (`pip install triton`)"),
+        ("cuda", (8, 0), None, True, None),
+    ],
+)
+def test_devices_on_which_the_reference_is_faster_are_refused(
+    device: str, capability: tuple[int, int], hip: str | None, triton: bool, reason: str | None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(support, "has_triton", lambda: triton)
+    found = support._unsupported_device(torch.device(device), torch.bfloat16)
+    assert found == (Unsupported(reason) if reason else None)
 
 
 def test_a_trained_head_is_refused() -> None:

@@ -68,29 +68,6 @@ def low_rank_product(
     return product
 
 
-@triton.jit
-def low_rank_tile(
-    t_ptr,
-    t_stride,
-    b_ptr,
-    b_stride,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """`low_rank_product` [BLOCK_ROWS, BLOCK_COLUMNS] for a caller with one product only."""
-    first_t = load_left_factor(t_ptr, t_stride, rows, row_mask, 0, RANK, BLOCK_RANK, WIDEN)
-    return low_rank_product(
-        first_t, t_ptr, t_stride, b_ptr, b_stride, rows, row_mask, columns, column_mask, RANK, BLOCK_RANK, WIDEN
-    )
-
-
 def block_rank(rank: int) -> int:
     """Columns of t and b that one product takes."""
     return min(MAX_BLOCK_RANK, max(MIN_BLOCK_RANK, int(triton.next_power_of_2(max(1, rank)))))

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from affina.kernels.triton.low_rank import MAX_BLOCK_RANK, block_rank, must_widen, row_stride
+from affina.kernels.triton.low_rank import block_rank, must_widen, row_stride
 
 if TYPE_CHECKING:
     from affina.kernels.swiglu import GateUpUpdate, RankGradients
@@ -146,7 +146,6 @@ def _backward_kernel(
     grad_ptr,
     gate_up_ptr,
     out_ptr,
-    activation_ptr,
     t_ptr,
     b_gate_ptr,
     b_up_ptr,
@@ -157,15 +156,12 @@ def _backward_kernel(
     grad_stride,
     gate_up_stride,
     out_stride,
-    activation_stride,
     t_stride,
     b_gate_stride,
     b_up_stride,
     u_down_stride,
     scale_gate,
     scale_up,
-    HAS_ACTIVATION: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK_GATE: tl.constexpr,
     RANK_UP: tl.constexpr,
@@ -216,26 +212,22 @@ def _backward_kernel(
         out_pointers = out_ptr + rows[:, None] * out_stride + columns[None, :]
         tl.store(out_pointers, grad_gate, mask=mask)
         tl.store(out_pointers + WIDTH, grad_up, mask=mask)
-        if HAS_ACTIVATION:
-            tl.store(activation_ptr + rows[:, None] * activation_stride + columns[None, :], activation, mask=mask)
-        if HAS_SUMS:
-            if RANK_GATE > 0:
-                sums_gate = _rank_sum(sums_gate, grad_gate, t_gate, WIDEN)
-            if RANK_UP > 0:
-                sums_up = _rank_sum(sums_up, grad_up, t_up, WIDEN)
-            if RANK_DOWN > 0:
-                u_down = _rank_rows(u_down_ptr, u_down_stride, rows, row_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDEN)
-                sums_down = _rank_sum(sums_down, activation, u_down, WIDEN)
-
-    if HAS_SUMS:
-        mine = workspace_ptr + chunk.to(tl.int64) * ((RANK_GATE + RANK_UP + RANK_DOWN) * WIDTH)
         if RANK_GATE > 0:
-            _store_sums(mine, sums_gate, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDTH)
+            sums_gate = _rank_sum(sums_gate, grad_gate, t_gate, WIDEN)
         if RANK_UP > 0:
-            _store_sums(mine + RANK_GATE * WIDTH, sums_up, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDTH)
+            sums_up = _rank_sum(sums_up, grad_up, t_up, WIDEN)
         if RANK_DOWN > 0:
-            mine += (RANK_GATE + RANK_UP) * WIDTH
-            _store_sums(mine, sums_down, columns, column_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDTH)
+            u_down = _rank_rows(u_down_ptr, u_down_stride, rows, row_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDEN)
+            sums_down = _rank_sum(sums_down, activation, u_down, WIDEN)
+
+    mine = workspace_ptr + chunk.to(tl.int64) * ((RANK_GATE + RANK_UP + RANK_DOWN) * WIDTH)
+    if RANK_GATE > 0:
+        _store_sums(mine, sums_gate, columns, column_mask, RANK_GATE, BLOCK_RANK_GATE, WIDTH)
+    if RANK_UP > 0:
+        _store_sums(mine + RANK_GATE * WIDTH, sums_up, columns, column_mask, RANK_UP, BLOCK_RANK_UP, WIDTH)
+    if RANK_DOWN > 0:
+        mine += (RANK_GATE + RANK_UP) * WIDTH
+        _store_sums(mine, sums_down, columns, column_mask, RANK_DOWN, BLOCK_RANK_DOWN, WIDTH)
 
 
 @triton.jit
@@ -366,18 +358,15 @@ TILES: dict[tuple[str, int], Tile] = {
     ("forward", 16): Tile(32, 64, 4, 3, 8),
     ("forward", 32): Tile(32, 64, 4, 3, 6),
     ("forward", 64): Tile(32, 64, 4, 3, 4),
-    ("backward", 16): Tile(32, 64, 4, 3, 6),
-    ("backward", 32): Tile(32, 64, 4, 3, 5),
-    ("backward", 64): Tile(32, 64, 4, 3, 3),
-    ("gradients", 16): Tile(32, 64, 4, 3, 4, max_registers=128),
-    ("gradients", 32): Tile(32, 64, 4, 3, 3, max_registers=168),
-    ("gradients", 64): Tile(16, 64, 4, 3, 3, max_registers=168),
+    ("backward", 16): Tile(32, 64, 4, 3, 4, max_registers=128),
+    ("backward", 32): Tile(32, 64, 4, 3, 3, max_registers=168),
+    ("backward", 64): Tile(16, 64, 4, 3, 3, max_registers=168),
 }
-"""By kernel and largest padded rank, for 16-bit types; "gradients" is the backward pass with those of the factors.
+"""By kernel and largest padded rank, for 16-bit types.
 
-Measured on an H200 (16,384 rows of 9,728): gradients of rank 16 in 441 µs (3.6 TB/s; separate products: 824), of rank
-64 in 623 µs (32 × 64: 630, separate products: 804). 32 × 128 on eight warps takes 419 at rank 16, but 71 KiB of shared
-memory, more than cards before 8.0 have."""
+Measured on an H200 (16,384 rows of 9,728), the backward pass: rank 16 in 441 µs (3.6 TB/s; separate products: 824),
+rank 64 in 623 µs (32 × 64: 630, separate products: 804). 32 × 128 on eight warps takes 419 at rank 16, but 71 KiB of
+shared memory, more than cards before 8.0 have."""
 
 _TILE_FLOAT32 = Tile(32, 32, 4, 2, 2)
 """Products in float32 do without matrix units; this only has to be right."""
@@ -388,13 +377,8 @@ _INTERPRETED_PROGRAMS = 4
 
 
 def tile_for(kernel: str, ranks: tuple[int, ...], dtype: torch.dtype) -> Tile:
-    """The tile of `kernel` ("forward", "backward", "gradients") for these ranks."""
+    """The tile of `kernel` ("forward", "backward") for these ranks."""
     return _TILE_FLOAT32 if dtype == torch.float32 else TILES[kernel, max(block_rank(rank) for rank in ranks)]
-
-
-def takes(*ranks: int) -> bool:
-    """Whether the kernels are made for these ranks: none above 64."""
-    return max(ranks) <= MAX_BLOCK_RANK
 
 
 def approximates(tensor: Tensor) -> bool:
@@ -422,52 +406,37 @@ def launch_forward(gate_up: Tensor, lora: GateUpUpdate, out: Tensor) -> None:
 
 
 def launch_backward(
-    grad_output: Tensor,
-    gate_up: Tensor,
-    lora: GateUpUpdate | None,
-    out: Tensor,
-    *,
-    activation_out: Tensor | None = None,
-    gradients: RankGradients | None = None,
+    grad_output: Tensor, gate_up: Tensor, lora: GateUpUpdate | None, out: Tensor, gradients: RankGradients
 ) -> None:
-    """Write the gradients of gate and up to `out`; silu(gate) · up and the factors' gradients where they are wanted."""
-    rank_down = 0 if gradients is None else gradients.ranks[2]
-    ranks = (*(lora.ranks if lora is not None else (0, 0)), rank_down)
-    tile = tile_for("backward" if gradients is None else "gradients", ranks, gate_up.dtype)
+    """Write the gradients of gate and up to `out`, and those of the factors where `gradients` says."""
+    tile = tile_for("backward", gradients.ranks, gate_up.dtype)
     pointers, strides, constants = _update_arguments(gate_up, lora)
+    rank_down = gradients.ranks[2]
     constants |= {"RANK_DOWN": rank_down, "BLOCK_RANK_DOWN": block_rank(rank_down)}
     grid, loop, shape = _grid(grad_output, tile)
     width = grad_output.shape[1]
     num_chunks = grid[0] // triton.cdiv(width, tile.columns)
-    u_down = None if gradients is None else gradients.u_down
-    workspace = None
-    if gradients is not None:
-        workspace = torch.empty(num_chunks * width * sum(ranks), dtype=torch.float32, device=gate_up.device)
+    workspace = torch.empty(num_chunks * width * sum(gradients.ranks), dtype=torch.float32, device=gate_up.device)
+    u_down = gradients.u_down
     _backward_kernel[grid](
         grad_output,
         gate_up,
         out,
-        grad_output if activation_out is None else activation_out,
         *pointers,
         gate_up if u_down is None else u_down,
-        out if workspace is None else workspace,
+        workspace,
         *loop,
         row_stride(grad_output),
         row_stride(gate_up),
         row_stride(out),
-        0 if activation_out is None else row_stride(activation_out),
         *strides[:3],
         0 if u_down is None else row_stride(u_down),
         *strides[3:],
-        HAS_ACTIVATION=activation_out is not None,
-        HAS_SUMS=gradients is not None,
         WIDTH=width,
         **constants,
         **shape,
     )
-    if gradients is not None:
-        assert workspace is not None
-        _launch_reduction(workspace, gradients, lora, width, num_chunks, constants)
+    _launch_reduction(workspace, gradients, lora, width, num_chunks, constants)
 
 
 def _launch_reduction(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from affina.kernels.dispatch import use_triton
+from affina.kernels.swiglu import MAX_FOLDED_RANK
 from affina.models.families import DecoderSpec
 from affina.models.fast.decoder import Decoder
 from affina.models.fast.layer import DecoderLayer
@@ -43,7 +45,7 @@ def build_decoder(model: PeftModel, spec: DecoderSpec) -> Decoder:
         DecoderLayer(
             spec,
             spec.windows[index],
-            dtype != torch.float32 and use_triton(adapter.parameter),
+            _folds(adapter.slices[4 * index : 4 * index + 4], adapter.parameter, dtype),
             _weight(module.input_layernorm),
             _weight(module.post_attention_layernorm),
             _weight(module.self_attn.q_norm) if spec.has_qk_norm else None,
@@ -72,6 +74,12 @@ def largest_ranks(decoder: Decoder) -> LayerRanks:
         for layer in decoder.layers
     )
     return max(ranks, key=lambda layer: layer.total)
+
+
+def _folds(slices: Sequence[GroupSlice | None], parameter: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a layer's low-rank updates are added inside its Triton kernels."""
+    ranks = [pair.rank for group in slices if group is not None for pair in group.pairs if pair is not None]
+    return dtype != torch.float32 and use_triton(parameter) and max(ranks, default=0) <= MAX_FOLDED_RANK
 
 
 def _adapted_linear(

@@ -49,7 +49,15 @@ class FastEngine:
     parameters: the flat adapter as one parameter, or PEFT's own for optimisers that look at matrices
     """
 
-    def __init__(self, model: PeftModel, decoder: Decoder, policy: SavePolicy, *, is_flat: bool = True) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        decoder: Decoder,
+        policy: SavePolicy,
+        *,
+        is_flat: bool = True,
+        has_room_for_graphs: bool = True,
+    ) -> None:
         body = body_of(base_model_of(model))
         assert body is not None
         self._rotary = body.get_submodule("rotary_emb")
@@ -58,13 +66,13 @@ class FastEngine:
         self.policy = policy
         self.graphs: RowGraphs | None = None
         self.is_flat = is_flat
-        self.has_room_for_graphs = True
+        self._has_room_for_graphs = has_room_for_graphs
         adapter = decoder.adapter
         self.parameters: list[nn.Parameter] = [adapter.parameter] if is_flat else list(adapter.layout)
 
     def enable_graphs(self, note: Callable[[str], None]) -> None:
         """Capture rows as CUDA graphs from now on; `note` is told once why something is not captured."""
-        if not self.has_room_for_graphs:
+        if not self._has_room_for_graphs:
             note("no CUDA graphs (memory is short): every operation is launched by itself")
             return
         self.graphs = RowGraphs(self.decoder, note)
@@ -130,8 +138,7 @@ class FastEngine:
         return self.decoder.loss(last, positions, batch.labels[positions + 1])
 
     def _row(self, batch: Batch) -> RowContext:
-        lengths = getattr(batch, "lengths", None)
-        segments = Segments.from_cu_seqlens(batch.cu_seqlens, max_seqlen=batch.max_seqlen, lengths=lengths)
+        segments = Segments.from_cu_seqlens(batch.cu_seqlens, max_seqlen=max(batch.lengths), lengths=batch.lengths)
         probe = torch.empty(0, dtype=torch.float32, device=batch.input_ids.device)
         cos, sin = self._rotary(probe, batch.position_ids.unsqueeze(0))
         half = cos.shape[-1] // 2
@@ -184,8 +191,7 @@ def attach_fast_engine(
     expected = _loss_and_gradients(model)
     decoder = build_decoder(model, spec)
     policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)
-    engine = FastEngine(model, decoder, policy, is_flat=is_flat)
-    engine.has_room_for_graphs = has_room_for_graphs
+    engine = FastEngine(model, decoder, policy, is_flat=is_flat, has_room_for_graphs=has_room_for_graphs)
     set_engine(model, engine)
     difference = _difference(expected, _loss_and_gradients(model))
     limit = _tolerance(model, decoder)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from affina.kernels.fp8 import E4M3, GEMM_MULTIPLE, fp8_linear, quantize_rows, transpose_codes
+from affina.kernels.fp8 import E4M3, GEMM_MULTIPLE, fp8_linear, fp8_linear_backward, quantize_rows
 from affina.models.weights import Fp8Linear
 
 
@@ -40,7 +40,6 @@ class Fp8Stack:
         self._scale = torch.cat([layer.scale for layer in layers])
         for layer, codes in zip(layers, torch.split(self._codes.view(torch.uint8), sizes), strict=True):
             layer.weight.data = codes.view(E4M3)
-        self._ones = torch.ones(self._codes.shape[1], dtype=torch.float32, device=self._codes.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,8 +52,7 @@ class Fp8Stack:
 
     def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
         assert a is None, "an 8-bit product has no room for a 16-bit part"
-        codes, scale = quantize_rows(grad_output, column_factor=self._scale)
-        return fp8_linear(codes, scale, transpose_codes(self._codes), self._ones, out_dtype=grad_output.dtype)
+        return fp8_linear_backward(grad_output, self._codes, self._scale, out_dtype=grad_output.dtype)
 
     def dense(self, out: Tensor) -> Tensor:
         return out.copy_(self._codes.float() * self._scale.unsqueeze(1))

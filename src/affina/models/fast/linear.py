@@ -32,6 +32,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from affina.kernels.products import product_into
 from affina.models.fast.parameters import GroupSlice, PairSlice
 from affina.models.fast.policy import PITCH
 from affina.models.fast.weights import FrozenStack, Workspace
@@ -120,7 +121,8 @@ class AdaptedLinear:
             g = wide[:, columns]
             torch.mm(g, pair.b(flat), out=u[:, pair.ranks])
             if gradient is not None:
-                product_into(g.t(), t[:, pair.ranks], pair.b(gradient), pair.scale, accumulates=accumulates)
+                target = pair.b(gradient)
+                product_into(g.t(), t[:, pair.ranks], target, factor=pair.scale, accumulates=accumulates)
             if pair.scale != 1.0:
                 u[:, pair.ranks] *= pair.scale
         return u
@@ -138,7 +140,7 @@ class AdaptedLinear:
         if self.slices is None:
             return
         assert u is not None
-        product_into(u.t(), x, self.slices.a(gradient), 1.0, columns=columns, accumulates=accumulates)
+        product_into(u.t(), x, self.slices.a(gradient), columns=columns, accumulates=accumulates)
 
     def input_gradient(self, wide: Tensor, u: Tensor | None, flat: Tensor) -> Tensor:
         """∂x [M, K] from the wide gradient of the outputs and that of t, after `rank_gradient`."""
@@ -173,31 +175,3 @@ def output_slices(sizes: Sequence[int]) -> tuple[slice, ...]:
     """Where the outputs of projections of these sizes lie beside each other."""
     ends = list(accumulate(sizes))
     return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
-
-
-def product_into(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    factor: float,
-    *,
-    columns: Tensor | None = None,
-    accumulates: bool = False,
-) -> None:
-    """out [N, R] float32 = factor · left @ right ∘ columns, summed over the tokens in float32.
-
-    accumulates: add to what `out` holds
-    """
-    target = torch.empty_like(out) if accumulates else out
-    if left.dtype == torch.float32:
-        torch.mm(left, right, out=target)
-    elif left.device.type == "cuda":
-        torch.mm(left, right, out_dtype=torch.float32, out=target)
-    else:
-        target.copy_(left.float() @ right.float())
-    if columns is not None:
-        target *= columns
-    if factor != 1.0:
-        target *= factor
-    if accumulates:
-        out += target

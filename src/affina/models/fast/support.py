@@ -10,12 +10,16 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from affina.kernels.dispatch import has_triton
 from affina.models.adapters.lora import ADAPTER_NAME
 from affina.models.families import DecoderSpec, Unsupported, read_decoder
 from affina.models.fast.parameters import LoraPair
 from affina.models.forward import isolation_of, verified_head
 from affina.models.structure import base_model_of, text_config
 from affina.models.weights import QuantizedLinear
+
+_OLDEST_CARD = (8, 0)
+"""Before Ampere there is neither flash attention nor a matrix product of Triton's; the reference does better there."""
 
 PROJECTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -65,11 +69,18 @@ def layer_projections(layer: nn.Module) -> list[list[nn.Module]]:
 
 
 def _unsupported_device(device: torch.device, dtype: torch.dtype) -> Unsupported | None:
-    if device.type not in ("cuda", "cpu"):
-        return Unsupported(f"it has no kernels for {device.type}")
-    if device.type == "cpu" and dtype != torch.float32:
-        return Unsupported(f"on a CPU it computes in float32, not {str(dtype).removeprefix('torch.')}")
-    return None
+    if device.type == "cpu":
+        wanted = str(dtype).removeprefix("torch.")
+        return None if dtype == torch.float32 else Unsupported(f"on a CPU it computes in float32, not {wanted}")
+    if device.type != "cuda" or torch.version.hip is not None:
+        return Unsupported(f"it has no kernels for {'ROCm' if device.type == 'cuda' else device.type}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CARD:
+        return Unsupported(
+            f"its attention needs compute capability {_OLDEST_CARD[0]}.{_OLDEST_CARD[1]}, "
+            f"the card has {capability[0]}.{capability[1]}"
+        )
+    return None if has_triton() else Unsupported("Triton is not installed (`pip install triton`)")
 
 
 def _unsupported_isolation(model: PeftModel) -> Unsupported | None:
