@@ -24,7 +24,6 @@ FACTS = RunFacts(
     first_step=0,
     num_samples=1000,
     tokens_per_step=4096.0,
-    notes=("a note",),
 )
 STEP = StepMetrics(1, 0.1, 2.5, 1e-3, 0.5, 3456.0, 4096, 800, 1.0, 1 << 30)
 
@@ -54,7 +53,6 @@ def test_plain_lines_tell_the_run_the_step_the_validation_and_events() -> None:
     assert printed(console).splitlines() == [
         "affina/nano on CPU, 2 threads, fp32: trains 2 M of 8 M parameters (25.00%)",
         "1,000 samples, 40 steps of about 4,096 tokens, into runs/support",
-        "note: a note",
         "step 1/40  loss 2.5000  lr 1.00e-03  3,456 tokens/s  1.00 GiB",
         "step 11/40  loss 2.5000  lr 1.00e-03  3,456 tokens/s  1.00 GiB  29 s left",
         "step 11  validation loss 2.2500  (best so far)",
@@ -70,6 +68,21 @@ def test_plain_lines_are_few() -> None:
         view.on_step(replace(STEP, step=step))
     steps = [line for line in printed(console).splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1/40", "40/40"], "the first and the last"
+
+
+def test_the_live_view_says_everything_once() -> None:
+    console = text_console(terminal=True)
+    view = LiveView(console)
+    view.on_event("note", "said before the start", {})
+    view.on_start(FACTS)
+    view.on_event("step-skipped", "step 2 skipped", {})
+    view.on_step(STEP)
+    picture = text_console()
+    picture.print(view.render())
+    view.stop()
+    assert printed(console).count("said before the start") == 1
+    assert "said before the start" not in printed(picture)
+    assert printed(picture).count("step 2 skipped") == 1
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

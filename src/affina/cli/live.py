@@ -119,15 +119,14 @@ class PlainLines(_Progress):
 
 
 def start_lines(facts: RunFacts) -> list[str]:
-    """The run in two or three lines, before the first step."""
+    """The run in two lines, before the first step; its notes come as events."""
     share = facts.num_trainable / facts.num_parameters
-    lines = [
+    return [
         f"{facts.model} on {facts.device}, {facts.precision}: trains {format_count(facts.num_trainable)} "
         f"of {format_count(facts.num_parameters)} parameters ({share:.2%})",
         f"{facts.num_samples:,} samples, {facts.num_steps - facts.first_step} steps of about "
         f"{facts.tokens_per_step:,.0f} tokens, into {facts.directory}",
     ]
-    return lines + [f"note: {note}" for note in facts.notes]
 
 
 class LiveView(_Progress):
@@ -150,8 +149,9 @@ class LiveView(_Progress):
     def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
         if kind in _QUIET_EVENTS:
             return
-        self._messages.append(f"{kind}: {message}")
-        if not self._is_live:
+        if self._is_live:
+            self._messages.append(f"{kind}: {message}")
+        else:  # above the dashboard, where it stays
             self._console.print(f"{kind}: {message}", highlight=False, markup=False)
 
     def on_end(self, summary: dict[str, Any]) -> None:

@@ -28,7 +28,6 @@ class RunFacts:
     first_step: int
     num_samples: int
     tokens_per_step: float
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

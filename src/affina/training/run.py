@@ -150,7 +150,6 @@ def run_training(
             first_step=state.step,
             num_samples=num_samples,
             tokens_per_step=tokens_per_step,
-            notes=loaded.notes,
         )
     )
     peak = PeakMemory(device)

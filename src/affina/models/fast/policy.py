@@ -102,7 +102,9 @@ class SavePolicy:
         return SavePolicy(tuple(Keep(keep - 1) if keep == richest else keep for keep in self.layers))
 
     def describe(self) -> str:
-        """One line: `30 × all, 6 × products`."""
+        """What the layers keep, to follow "layers keep": `everything`, or `30 × all, 6 × products`."""
+        if set(self.layers) == {Keep.ALL}:
+            return "everything for the backward pass"
         counts = {keep: self.layers.count(keep) for keep in Keep}
         return ", ".join(f"{count} × {keep.name.lower()}" for keep, count in reversed(counts.items()) if count)
 
