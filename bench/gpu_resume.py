@@ -78,7 +78,11 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for engine, quantization, dropout in CASES:
-            records.append(check(engine, quantization, dropout, Path(folder)))
+            try:
+                records.append(check(engine, quantization, dropout, Path(folder)))
+            except affina.AffinaError as error:
+                case = {"engine": engine, "quantization": quantization, "dropout": dropout}
+                records.append({**case, "error": str(error)})
             print(json.dumps(records[-1], default=str)[:900], flush=True)
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             header = {

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
+from tests.kernels.device import DEVICE
 from tests.kernels.interpreter import run_in_interpreter
 
 EPSILON = 1e-6
@@ -19,7 +20,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def random_tensor(*shape, dtype=torch.float32, seed=0, slack=0, factor=1.0):
     """Random numbers, part of rows that are `slack` longer; what lies around them in memory is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    storage = torch.full((shape[0] + 2, *shape[1:-1], shape[-1] + slack), torch.nan, dtype=dtype)
+    storage = torch.full((shape[0] + 2, *shape[1:-1], shape[-1] + slack), torch.nan, dtype=dtype, device=DEVICE)
     part = storage[: shape[0], ..., : shape[-1]]
     part.copy_(torch.randn(shape, generator=generator) * factor)
     return part
@@ -30,7 +31,7 @@ def random_angles(tokens, head_dim):
     positions = torch.arange(tokens, dtype=torch.float64) * 37 + 5
     frequencies = 10000.0 ** (-torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2))
     angles = positions[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE)
 
 
 def random_problem(tokens, heads, kv_heads, head_dim, dtype=torch.float32, *, slack=0, norms="qk", ranks=None):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
+from tests.kernels.device import DEVICE
 from tests.kernels.interpreter import run_in_interpreter
 
 EPSILON = 1e-6
@@ -32,13 +33,13 @@ def definition_backward(grad_output, x, weight, grad_residual=None):
 def random_rows(rows, width, dtype=torch.float32, seed=0, *, slack=0, factor=1.0):
     """[rows, width] random numbers; the row stride is width + slack. What lies around them in memory is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    storage = torch.full((rows + 2, width + slack), torch.nan, dtype=dtype)
-    storage[:rows, :width] = torch.randn(rows, width, generator=generator) * factor
+    storage = torch.full((rows + 2, width + slack), torch.nan, dtype=dtype, device=DEVICE)
+    storage[:rows, :width] = (torch.randn(rows, width, generator=generator) * factor).to(DEVICE)
     return storage[:rows, :width]
 
 
 def random_weight(width, dtype=torch.float32):
-    return (1 + 0.3 * torch.randn(width, generator=torch.Generator().manual_seed(99))).to(dtype)
+    return (1 + 0.3 * torch.randn(width, generator=torch.Generator().manual_seed(99))).to(DEVICE, dtype)
 
 
 def random_update(rows, width, rank, dtype=torch.float32, *, slack=0):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward, swiglu_backward_with_ranks
 from tests.kernels.compiled import compile_launches, require_compiler
+from tests.kernels.device import DEVICE
 from tests.kernels.interpreter import run_in_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,8 +38,8 @@ def definition_backward(grad_output, gate_up, update=None):
 def random_rows(rows, width, dtype=torch.float32, seed=0, *, slack=0, factor=1.0):
     """[rows, width] random numbers; the row stride is width + slack. What lies around them in memory is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    storage = torch.full((rows + 2, width + slack), torch.nan, dtype=dtype)
-    storage[:rows, :width] = torch.randn(rows, width, generator=generator) * factor
+    storage = torch.full((rows + 2, width + slack), torch.nan, dtype=dtype, device=DEVICE)
+    storage[:rows, :width] = (torch.randn(rows, width, generator=generator) * factor).to(DEVICE)
     return storage[:rows, :width]
 
 
@@ -56,9 +57,9 @@ def rank_outputs(width, ranks, dtype=torch.float32, *, value=torch.nan):
     """Where the gradients of factors of ranks (R_g, R_u, R_d) are written; it holds `value` before."""
     gate, up, down = ranks
     return {
-        "grad_b_gate": torch.full((width, gate), value, dtype=dtype) if gate else None,
-        "grad_b_up": torch.full((width, up), value, dtype=dtype) if up else None,
-        "grad_a_down": torch.full((down, width), value, dtype=dtype) if down else None,
+        "grad_b_gate": torch.full((width, gate), value, dtype=dtype, device=DEVICE) if gate else None,
+        "grad_b_up": torch.full((width, up), value, dtype=dtype, device=DEVICE) if up else None,
+        "grad_a_down": torch.full((down, width), value, dtype=dtype, device=DEVICE) if down else None,
     }
 
 

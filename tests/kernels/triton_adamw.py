@@ -14,8 +14,7 @@ from affina.kernels import adamw
 from affina.kernels.dispatch import use_triton
 from affina.kernels.triton import adamw as kernel
 from tests.kernels import exact_casts
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from tests.kernels.device import DEVICE
 
 if DEVICE.type == "cpu":
     exact_casts.install()

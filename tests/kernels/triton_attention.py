@@ -15,8 +15,8 @@ from affina.kernels.dispatch import use_triton
 from affina.kernels.triton import attention as kernel
 from affina.kernels.triton.attention import Tile, Tiles
 from tests.kernels import exact_casts, loop_bounds
+from tests.kernels.device import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = 0.3
 # Weights of pairs that are hidden, or behind a document's end, may overflow before they are dropped.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -212,9 +212,9 @@ def test_a_work_list_is_made_once_until_the_bounds_are_written_to():
 
 def test_large_tiles_take_short_rows():
     """The tiles that cards use; a row is shorter than any of them."""
-    tiles = kernel._HOPPER[64]
+    tiles = kernel._HOPPER[128]
     lengths = [9, 1, 20]
-    q, k, v, grad_output = inputs_of(30, width=64)
+    q, k, v, grad_output = inputs_of(30, width=128)
     segments = segments_of(lengths)
     output, lse = kernel.forward(
         q, k, v, segments.work_list(30, tiles.forward.tokens(2)), scale=SCALE, window=None, tile=tiles.forward

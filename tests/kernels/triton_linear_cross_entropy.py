@@ -17,8 +17,8 @@ from affina.kernels.linear_cross_entropy import (
 )
 from affina.kernels.triton import linear_cross_entropy as kernel
 from tests.kernels import exact_casts
+from tests.kernels.device import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """What one rounding to the type changes, relative to the number."""

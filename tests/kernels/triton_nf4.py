@@ -12,8 +12,8 @@ from affina.kernels import nf4
 from affina.kernels.dispatch import use_triton
 from affina.kernels.triton import nf4 as kernel
 from tests.kernels import exact_casts
+from tests.kernels.device import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 if DEVICE.type == "cpu":

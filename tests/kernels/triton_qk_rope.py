@@ -8,6 +8,7 @@ import torch
 from affina.kernels import qk_rope as operation
 from affina.kernels.dispatch import use_triton
 from affina.kernels.qk_rope import qk_rope, qk_rope_backward
+from tests.kernels.device import DEVICE
 from tests.kernels.test_qk_rope import assert_backward, assert_forward, random_gradients, random_problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,7 +17,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 
 
 def test_these_tests_run_the_triton_kernels(monkeypatch):
-    assert use_triton(torch.zeros(1))
+    assert use_triton(torch.zeros(1, device=DEVICE))
 
     def fail(*arguments):
         raise AssertionError("the reference ran")
@@ -92,7 +93,7 @@ def test_other_tiles_equal_the_definition(tile, ranks, monkeypatch):
 def test_columns_beside_a_strided_gradient_stay_untouched():
     problem = random_problem(5, 2, 1, 6)
     gradients = random_gradients(problem, torch.float32)
-    wide = torch.zeros(5, 30)
+    wide = torch.zeros(5, 30, device=DEVICE)
     qk_rope_backward(*gradients, **problem, out=wide[:, 2:26])
     assert torch.equal(wide[:, 2:26], qk_rope_backward(*gradients, **problem))
     assert not wide[:, :2].any()

@@ -8,6 +8,7 @@ import torch
 from affina.kernels import rms_norm as operation
 from affina.kernels.dispatch import use_triton
 from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm, rms_norm_backward
+from tests.kernels.device import DEVICE
 from tests.kernels.test_rms_norm import (
     EPSILON,
     definition,
@@ -32,7 +33,7 @@ def assert_close(found, wanted, dtype, *, scale=1.0):
 
 
 def test_these_tests_run_the_triton_kernels(monkeypatch):
-    assert use_triton(torch.zeros(1))
+    assert use_triton(torch.zeros(1, device=DEVICE))
 
     def fail(*arguments):
         raise AssertionError("the reference ran")
@@ -165,7 +166,7 @@ def test_rows_taken_in_steps_give_the_same_bits(shape, monkeypatch):
 
 def test_columns_beside_a_strided_output_stay_untouched():
     x, weight = random_rows(5, 24), random_weight(24)
-    wide = torch.zeros(5, 40)
+    wide = torch.zeros(5, 40, device=DEVICE)
     rms_norm(x, weight, EPSILON, out=wide[:, 3:27])
     torch.testing.assert_close(wide[:, 3:27], rms_norm(x, weight, EPSILON)[0])
     assert not wide[:, :3].any()

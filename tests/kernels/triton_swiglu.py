@@ -10,6 +10,7 @@ from affina.kernels.dispatch import use_triton
 from affina.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_with_ranks
 from affina.kernels.triton import swiglu_low_rank as kernels
 from tests.kernels import exact_casts, loop_bounds
+from tests.kernels.device import DEVICE, IS_COMPILED
 from tests.kernels.test_swiglu import (
     assert_close,
     assert_rank_gradients,
@@ -21,8 +22,9 @@ from tests.kernels.test_swiglu import (
     rank_outputs,
 )
 
-exact_casts.install()
-loop_bounds.install()
+if not IS_COMPILED:
+    exact_casts.install()
+    loop_bounds.install()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rounding to the result's type; float32: some 20 roundings of 6e-8.
@@ -32,7 +34,7 @@ SHAPES = [(1, 1), (1, 1500), (2, 1024), (20, 65), (70, 20)]
 
 
 def test_these_tests_run_the_triton_kernels(monkeypatch):
-    assert use_triton(torch.zeros(1))
+    assert use_triton(torch.zeros(1, device=DEVICE))
 
     def fail(*arguments):
         raise AssertionError("the reference ran")
@@ -49,7 +51,7 @@ def test_activation_and_gradient_equal_the_definition(shape, dtype):
     rows, width = shape
     gate_up, grad_output = random_rows(rows, 2 * width, dtype, slack=5), random_rows(*shape, dtype, seed=1, slack=2)
     assert_close(swiglu(gate_up), definition(gate_up), dtype, TOLERANCE)
-    activation = torch.empty(rows, width, dtype=dtype)
+    activation = torch.empty(rows, width, dtype=dtype, device=DEVICE)
     gradient = swiglu_backward(grad_output, gate_up, activation_out=activation)
     assert_close(gradient, definition_backward(grad_output, gate_up), dtype, TOLERANCE)
     assert torch.equal(activation, swiglu(gate_up))
@@ -95,7 +97,7 @@ def test_results_written_over_inputs_are_the_same(dtype):
 
 def test_columns_beside_strided_outputs_stay_untouched():
     gate_up, grad_output = random_rows(5, 16), random_rows(5, 8, seed=1)
-    wide = torch.zeros(5, 40)
+    wide = torch.zeros(5, 40, device=DEVICE)
     swiglu_backward(grad_output, gate_up, out=wide[:, 2:18], activation_out=wide[:, 20:28])
     assert torch.equal(wide[:, 2:18], swiglu_backward(grad_output, gate_up))
     assert torch.equal(wide[:, 20:28], swiglu(gate_up))
@@ -106,10 +108,10 @@ def test_columns_beside_strided_outputs_stay_untouched():
 
 @pytest.mark.parametrize("size", [80.0, 200.0, 1e4])
 def test_large_gates_are_the_identity_or_zero_and_stay_finite(size):
-    gate_up = torch.tensor([[size, -size, 2.0, 2.0]])
-    torch.testing.assert_close(swiglu(gate_up), torch.tensor([[2 * size, 0.0]]))
-    gradient = swiglu_backward(torch.ones(1, 2), gate_up)
-    torch.testing.assert_close(gradient, torch.tensor([[2.0, 0.0, size, 0.0]]))
+    gate_up = torch.tensor([[size, -size, 2.0, 2.0]], device=DEVICE)
+    torch.testing.assert_close(swiglu(gate_up), torch.tensor([[2 * size, 0.0]], device=DEVICE))
+    gradient = swiglu_backward(torch.ones(1, 2, device=DEVICE), gate_up)
+    torch.testing.assert_close(gradient, torch.tensor([[2.0, 0.0, size, 0.0]], device=DEVICE))
 
 
 def test_no_rows_launch_nothing():

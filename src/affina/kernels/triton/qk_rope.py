@@ -732,7 +732,7 @@ def _tile(kernel: str, heads: Heads, ranks: tuple[int, ...], element_bytes: int)
     rank = max(ranks)
     tile = TILES[kernel, "update" if rank > 0 else "plain"]
     block_half = max(16, triton.next_power_of_2(heads.head_dim // 2))
-    block_tokens = max(_MIN_UPDATED_TOKENS if rank > 0 else 1, tile.elements // block_half)
+    block_tokens = max(_MIN_UPDATED_TOKENS if rank > 0 else 2, tile.elements // block_half)  # 2: a warp's 32 elements
     num_warps = min(tile.warps, block_tokens * block_half // _WARP)
     head_bytes = _head_bytes(kernel, block_tokens, block_half, rank, element_bytes)
     return {

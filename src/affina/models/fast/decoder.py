@@ -58,13 +58,16 @@ class Decoder:
         self, input_ids: Tensor, row: RowContext, policy: SavePolicy | None
     ) -> tuple[Pending, list[Saved | None]]:
         """input_ids [T] → (output of the last layer, what each layer kept). policy: None keeps nothing."""
+        if policy is not None:
+            self.host.begin()
         x = Pending(self.embedding(input_ids))
         saved: list[Saved | None] = []
         for index, layer in enumerate(self.layers):
             keep = policy.layers[index] if policy is not None and index >= self.first_adapted else None
-            x, kept = layer.forward(x, row, keep)
-            if kept is not None and keep == Keep.OFFLOADED:
-                self.host.store(index, kept)
+            on_host = keep is not None and keep < Keep.ATTENTION and index < row.num_attention_on_host
+            x, kept = layer.forward(x, row, keep, keeps_attention=on_host)
+            if kept is not None and (on_host or keep == Keep.OFFLOADED):
+                self.host.store(index, kept, has_input=keep == Keep.OFFLOADED)
             saved.append(kept)
         return x, saved
 
@@ -77,8 +80,8 @@ class Decoder:
             assert kept is not None
             assert current is not None
             self.host.load(index, kept)
-            if index > self.first_adapted:
-                self.host.prefetch(index - 1)
+            if index > self.first_adapted and (next_kept := saved[index - 1]) is not None:
+                self.host.prefetch(index - 1, next_kept)
             below = self.layers[index - 1] if index > self.first_adapted else None
             current = self.layers[index].backward(current, kept, row, gradient, below=below)
         return gradient

@@ -21,9 +21,10 @@ from affina.models.fast.decoder import Decoder, HeadTape
 from affina.models.fast.fp8 import Fp8Stack
 from affina.models.fast.graphs import GraphedRow, RowGraphs
 from affina.models.fast.layer import RowContext, Saved
-from affina.models.fast.memory import free_bytes, working_bytes
+from affina.models.fast.memory import attention_on_host, free_bytes, working_bytes
 from affina.models.fast.parameters import FlatAdapter
 from affina.models.fast.policy import Keep, RowSizes, SavePolicy, choose_policy
+from affina.models.fast.probe import ATTENTION_LIMIT, attention_difference
 from affina.models.fast.support import decoder_of
 from affina.models.forward import Batch, predicting_positions, probe_batch, supervised_loss
 from affina.models.structure import base_model_of, body_of
@@ -110,7 +111,9 @@ class FastEngine:
     def forward(self, batch: Batch) -> tuple[Tensor, Tape]:
         """The loss, and what its backward pass needs."""
         row = self._row(batch)
-        graphed = self.graphs.row(self.policy, batch.input_ids, row) if self.graphs is not None else None
+        graphed = None
+        if self.graphs is not None and row.num_attention_on_host == 0:
+            graphed = self.graphs.row(self.policy, batch.input_ids, row)
         saved: list[Saved | None] = []
         ticket = 0
         if graphed is not None:
@@ -147,6 +150,14 @@ class FastEngine:
             cos[0, :, :half].contiguous(),
             sin[0, :, :half].contiguous(),
             self.decoder.adapter.computed(),
+            attention_on_host(
+                self.decoder.spec,
+                self.policy,
+                num_tokens=batch.input_ids.shape[0],
+                longest=segments.max_seqlen,
+                itemsize=self.decoder.final_norm.dtype.itemsize,
+                device=batch.input_ids.device,
+            ),
         )
 
 
@@ -188,6 +199,10 @@ def attach_fast_engine(
     spec = decoder_of(model)
     if isinstance(spec, Unsupported):
         return spec
+    base = base_model_of(model)
+    of_attention = attention_difference(spec, base.dtype, base.device)
+    if not of_attention <= ATTENTION_LIMIT:
+        return Unsupported(f"its attention differs by {of_attention:.1%} from the definition on this card")
     expected = _loss_and_gradients(model)
     decoder = build_decoder(model, spec)
     policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)

@@ -48,12 +48,18 @@ MLP_CHUNK_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class RowContext:
-    """What all layers need to know of one packed row. cos, sin: [T, K/2] float32. flat: [P] the adapter."""
+    """What all layers need to know of one packed row.
+
+    cos, sin: [T, K/2] float32. flat: [P] the adapter
+    num_attention_on_host: so many layers, the first ones, send the attention's output to host memory where they would
+                           compute it again otherwise
+    """
 
     segments: Segments
     cos: Tensor
     sin: Tensor
     flat: Tensor
+    num_attention_on_host: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,7 @@ class Saved:
     """What a layer keeps; fields are None at leaner levels and filled again before the backward pass.
 
     qkv, gate_up: wide. v: [T, G, K] with the update folded in, None where it is a view of qkv
+    host_pass: the forward pass whose tensors of this layer are in host memory, see offload.py
     """
 
     x: Tensor
@@ -99,6 +106,7 @@ class Saved:
     gate_up: Tensor | None = None
     t_gate_up: Tensor | None = None
     t_down: Tensor | None = None
+    host_pass: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +133,13 @@ class DecoderLayer:
         """In the order of `FlatAdapter`."""
         return self.qkv, self.output, self.gate_up, self.down
 
-    def forward(self, before: Pending, row: RowContext, keep: Keep | None) -> tuple[Pending, Saved | None]:
-        """x → (x₃, what `keep` says; None keeps nothing, for evaluation). The update of `before` is used up."""
+    def forward(
+        self, before: Pending, row: RowContext, keep: Keep | None, *, keeps_attention: bool = False
+    ) -> tuple[Pending, Saved | None]:
+        """x → (x₃, what `keep` says; None keeps nothing, for evaluation). The update of `before` is used up.
+
+        keeps_attention: the attention's output at levels that do not name it
+        """
         saved, h = self._input(before)
         self._project(h, saved, row)
         self._attend(saved, row)
@@ -137,7 +150,7 @@ class DecoderLayer:
         else:
             update, saved.t_down = self._mlp_in_parts(h, row)
         after = Pending(saved.x2, update, self._row_update(self.down, saved.t_down, row))
-        return after, None if keep is None else _kept(saved, keep)
+        return after, None if keep is None else _kept(saved, keep, keeps_attention=keeps_attention)
 
     def new_gradient(self, num_tokens: int, like: Tensor) -> Tensor:
         """[T, D + R] uninitialised, for the gradient of x₃."""
@@ -258,9 +271,10 @@ class DecoderLayer:
             del h
         if saved.attended is None:
             self._attend(saved, row)
-            self._add_attention(saved, row)
         elif saved.q is None:
             self._rotate(saved, row)
+        if saved.x2 is None:
+            self._add_attention(saved, row)
 
     def _mlp_backward(self, grad: Tensor, saved: Saved, row: RowContext, gradient: Tensor) -> Tensor:
         """wide ∂x₃ → wide ∂x₂, the sum of its two ways."""
@@ -424,12 +438,12 @@ def _parts(num_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + MLP_CHUNK_TOKENS, num_tokens))
 
 
-def _kept(saved: Saved, keep: Keep) -> Saved:
-    """Drop what `keep` does not name."""
+def _kept(saved: Saved, keep: Keep, *, keeps_attention: bool) -> Saved:
+    """Drop what `keep` does not name; `keeps_attention` keeps the attention's output at every level."""
     if keep < Keep.ALL:
         saved.q = saved.k = saved.v = None
     if keep < Keep.PROJECTIONS:
         saved.qkv = None
     if keep < Keep.ATTENTION:
-        return Saved(saved.x, t_down=saved.t_down)
+        return Saved(saved.x, t_down=saved.t_down, attended=saved.attended if keeps_attention else None)
     return saved
