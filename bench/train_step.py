@@ -57,6 +57,7 @@ PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bf16-packed-16384", "affina", {}),
     ("bf16-packed-2048", "affina", {}),
     ("nf4-qlora-1x32768", "affina", {"memory_gib": 9.4}),
+    ("nf4-qlora-1x32768", "affina", {"memory_gib": 9.4, "deterministic": False}),
     ("bf16-lora-8x2048", "unsloth", {"checkpointing": False}),
     ("nf4-qlora-8x2048", "unsloth", {"checkpointing": True}),
     ("bf16-lora-8x2048", "unsloth", {"checkpointing": True}),

@@ -17,7 +17,7 @@ from affina.models.engines import trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.weights import Fp8Options, Nf4Options, quantize_linears
-from affina.training.loop import clip_gradients
+from affina.training.loop import apply_gradients
 from affina.training.objectives.sft import sft_objective
 from affina.training.optim import OptimizerOptions, build_optimizer
 from systems.common import TARGETS, main, packed_rows, random_model, time_steps
@@ -74,10 +74,7 @@ def one_step(model: Any, optimizer: Any, batch: Batch) -> tuple[int, float]:
     """Forward, backward, clip, update: (tokens that are not padding, loss per token)."""
     loss, count = sft_objective(model, batch)
     (loss / count).backward()
-    clip_gradients(trainable_parameters(model), 1.0, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-4
-    optimizer.step()
+    apply_gradients(optimizer, trainable_parameters(model), 1e-4, max_norm=1.0, loss_scale=1.0)
     optimizer.zero_grad(set_to_none=True)
     return batch.num_tokens, float(loss.detach()) / count
 

@@ -140,6 +140,24 @@ def test_the_gradient_is_that_of_the_forward_weight():
     assert relative(found, gradient @ dequantize_rows(*w)) == pytest.approx(0.026, abs=0.002)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 16, 33])
+def test_an_adapters_share_is_quantised_like_the_rest(rank):
+    gradient, w = normal(32, 256), quantize_rows(normal(256, 128, seed=1))
+    u, a = normal(32, rank, seed=2), quantize_rows(normal(rank, 128, seed=3))
+    found = fp8_linear_backward(gradient, *w, out_dtype=torch.float32, u=u, a=dequantize_rows(*a))
+    stacked = torch.cat([dequantize_rows(*w), dequantize_rows(*a)])
+    # Rows of A are representable; only the rounding of [gradient, u] is left: 2.6%.
+    assert relative(found, torch.cat([gradient, u], dim=1) @ stacked) == pytest.approx(0.026, abs=0.003)
+
+
+def test_rows_beside_others_are_quantised_as_one():
+    x, beside, factor = normal(5, 60), normal(5, 24, seed=1) * 4, torch.linspace(0.1, 3, 84)
+    found = quantize_rows(x, beside=beside, column_factor=factor)
+    expected = quantize_rows(torch.cat([x, beside], dim=1), column_factor=factor)
+    assert torch.equal(found[0].float(), expected[0].float())
+    assert torch.equal(found[1], expected[1])
+
+
 def test_transposing_codes_moves_every_byte():
     codes, _ = quantize_rows(normal(37, 21))
     assert torch.equal(transpose_codes(codes).float(), codes.float().t())

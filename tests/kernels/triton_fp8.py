@@ -53,8 +53,18 @@ def test_rows_longer_than_a_tile_are_read_twice(monkeypatch, columns):
     assert equal(fp8.quantize_rows(x, column_factor=factor), reference(x, factor))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("columns", "rank"), [(64, 1), (130, 7), (200, 48)])
+def test_rows_beside_others_are_quantised_as_one(columns, rank, dtype):
+    x, beside = normal(6, columns + 3, dtype)[:, :columns], normal(6, rank + 2, dtype, seed=1)[:, :rank] * 3
+    factor = normal(1, columns + rank, seed=2)[0].abs()
+    whole = torch.cat([x, beside], dim=1)
+    assert equal(fp8.quantize_rows(x, beside=beside, column_factor=factor), reference(whole, factor))
+    assert equal(fp8.quantize_rows(x, beside=beside), reference(whole))
+
+
 def test_a_row_of_the_longest_tile_is_right():
-    x = normal(2, 16384, torch.bfloat16)
+    x = normal(2, 32768, torch.bfloat16)
     assert equal(fp8.quantize_rows(x), reference(x))
 
 

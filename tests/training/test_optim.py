@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from affina.errors import TrainingError
-from affina.training.optim import OptimizerOptions, build_optimizer
+from affina.training.loop import apply_gradients
+from affina.training.optim import FlatAdamW, OptimizerOptions, build_optimizer
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -48,6 +51,67 @@ def test_8_bit_adamw_follows_adamw(kind: str) -> None:
     moved = (exact - weights).norm()
     # dynamic 8-bit states carry about 1% relative error (arXiv 2110.02861); the update is their quotient
     assert float((close - exact).norm() / moved) < 0.05
+
+
+def flat_and_matrices(num_steps: int, *, max_norm: float = 1.0, loss_scale: float = 1.0) -> tuple[Any, Any]:
+    """(parameter, optimiser, norms) after the same steps: flat, and as two matrices with torch's own AdamW."""
+    generator = torch.Generator().manual_seed(0)
+    start, options = torch.randn(60, generator=generator), OptimizerOptions(kind="adamw", weight_decay=0.1)
+    flat = [nn.Parameter(start.clone())]
+    matrices = [nn.Parameter(start[:24].view(4, 6).clone()), nn.Parameter(start[24:].view(6, 6).clone())]
+    found = []
+    optimizers = [build_optimizer(parameters, options) for parameters in (flat, matrices)]
+    norms: list[list[float]] = [[], []]
+    for number in range(num_steps):
+        gradient = torch.randn(60, generator=generator) * loss_scale * (number + 1)
+        flat[0].grad = gradient.clone()
+        matrices[0].grad, matrices[1].grad = gradient[:24].view(4, 6).clone(), gradient[24:].view(6, 6).clone()
+        for parameters, optimizer, of_optimizer in zip((flat, matrices), optimizers, norms, strict=True):
+            rate = 0.01 / (number + 1)
+            of_optimizer.append(apply_gradients(optimizer, parameters, rate, max_norm=max_norm, loss_scale=loss_scale))
+    for parameters, optimizer, of_optimizer in zip((flat, matrices), optimizers, norms, strict=True):
+        found.append((torch.cat([p.detach().flatten() for p in parameters]), optimizer, of_optimizer))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e6])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_a_flat_step_is_the_step_of_the_matrices(max_norm: float, loss_scale: float) -> None:
+    (flat, optimizer, norms), (expected, _, expected_norms) = flat_and_matrices(
+        5, max_norm=max_norm, loss_scale=loss_scale
+    )
+    assert isinstance(optimizer, FlatAdamW)
+    assert norms == pytest.approx(expected_norms, rel=1e-6)
+    # The clip factor's 1e-6 beside a norm of about 8, and float32 rounding.
+    torch.testing.assert_close(flat, expected, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_flat_step_that_is_not_finite_changes_nothing(bad: float) -> None:
+    (parameter, optimizer, _), _ = flat_and_matrices(2)
+    before = copy.deepcopy(optimizer.state_dict())
+    values = parameter.clone()
+    (live,) = optimizer.param_groups[0]["params"]
+    live.grad = torch.ones(60)
+    live.grad[7] = bad
+    assert not math.isfinite(apply_gradients(optimizer, [live], 0.1, max_norm=1.0, loss_scale=1.0))
+    assert torch.equal(live, values)
+    after = optimizer.state_dict()
+    assert float(after["state"][0]["step"]) == float(before["state"][0]["step"]) == 2
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after["state"][0][name], before["state"][0][name])
+
+
+def test_torchs_adamw_goes_on_where_the_flat_one_stopped() -> None:
+    (parameter, optimizer, _), _ = flat_and_matrices(3)
+    (live,) = optimizer.param_groups[0]["params"]
+    other = nn.Parameter(parameter.clone())
+    continued = torch.optim.AdamW([other], lr=0.0)
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    live.grad = other.grad = torch.linspace(-0.1, 0.1, 60)
+    for each, parameters in ((optimizer, [live]), (continued, [other])):
+        apply_gradients(each, parameters, 0.02, max_norm=10.0, loss_scale=1.0)
+    torch.testing.assert_close(live, other, rtol=1e-6, atol=1e-7)
 
 
 def test_adafactor_moves_against_the_gradient_by_at_most_the_rate() -> None:

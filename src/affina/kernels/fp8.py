@@ -52,33 +52,43 @@ GEMM_MULTIPLE = 16
 
 @torch.no_grad()
 def quantize_rows(
-    x: Tensor, *, column_factor: Tensor | None = None, out: Tensor | None = None, scale_out: Tensor | None = None
+    x: Tensor,
+    *,
+    beside: Tensor | None = None,
+    column_factor: Tensor | None = None,
+    out: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x in e4m3 and the scale of every row: ([M, K] float8_e4m3fn, [M] float32) with x ≈ codes · scale.
 
     x:             [M, K] bf16, fp16 or fp32; a row is contiguous, rows may be apart
-    column_factor: [K] fp32, multiplied into the columns of x before quantising, or None
-    out:           [M, K] float8_e4m3fn memory for the codes; a row is contiguous, rows may be apart
+    beside:        [M, R] of the type of x: [x, beside] is quantised, K + R columns, without being made; or None
+    column_factor: [K + R] fp32, multiplied into the columns before quantising, or None
+    out:           [M, K + R] float8_e4m3fn memory for the codes; a row is contiguous, rows may be apart
     scale_out:     [M] fp32 memory for the scales
     """
     assert x.dim() == 2, f"rows of a matrix, got {tuple(x.shape)}"
     assert x.shape[1] <= 1 or x.stride(1) == 1, "the numbers of a row must lie side by side"
-    codes = out if out is not None else torch.empty(x.shape, dtype=E4M3, device=x.device)
+    shape = (x.shape[0], x.shape[1] + (beside.shape[1] if beside is not None else 0))
+    codes = out if out is not None else torch.empty(shape, dtype=E4M3, device=x.device)
     scale = scale_out if scale_out is not None else torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    assert codes.shape == x.shape, f"{tuple(codes.shape)} memory for {tuple(x.shape)} codes"
+    assert codes.shape == shape, f"{tuple(codes.shape)} memory for {shape} codes"
     assert codes.dtype == E4M3, f"{codes.dtype} memory for e4m3"
     assert codes.shape[1] <= 1 or codes.stride(1) == 1, "the codes of a row must lie side by side"
     assert scale.shape == x.shape[:1], "one scale for each row"
     assert scale.dtype == torch.float32, f"scales are float32, not {scale.dtype}"
     assert scale.is_contiguous(), "scales must be contiguous"
-    if x.numel() == 0:
+    assert beside is None or (beside.shape[0] == x.shape[0] and beside.dtype == x.dtype), "rows beside others"
+    assert beside is None or beside.shape[1] <= 1 or beside.stride(1) == 1, "the numbers of a row must lie side by side"
+    if codes.numel() == 0:
         return codes, scale.fill_(1.0)
     if not use_triton(x):
-        _quantize_rows(x, column_factor, codes, scale)
+        _quantize_rows(x if beside is None else torch.cat([x, beside], dim=1), column_factor, codes, scale)
         return codes, scale
     from affina.kernels.triton import fp8 as kernel
 
-    kernel.quantize_rows(x, column_factor.contiguous() if column_factor is not None else None, codes, scale)
+    factor = column_factor.contiguous() if column_factor is not None else None
+    kernel.quantize_rows(x, beside, factor, codes, scale)
     return codes, scale
 
 
@@ -109,8 +119,9 @@ def fp8_linear(
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
     use_fast_accum: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[M, N] x Wᵀ + b in `out_dtype`; no autograd.
+    """[M, N] x Wᵀ + b in `out_dtype`, written to `out` if given; no autograd.
 
     x8, x_scale:    [M, K] e4m3 and [M] fp32, from `quantize_rows`
     w8, w_scale:    [N, K] e4m3 and [N] fp32
@@ -123,9 +134,11 @@ def fp8_linear(
     """
     assert x8.shape[1] == w8.shape[1], f"{tuple(x8.shape)} and {tuple(w8.shape)} do not share K"
     if x8.device.type != "cuda":
-        return _fp8_linear(x8, x_scale, w8, w_scale, out_dtype, bias)
+        product = _fp8_linear(x8, x_scale, w8, w_scale, out_dtype, bias)
+        return product if out is None else out.copy_(product)
     for size in w8.shape:
         assert size % GEMM_MULTIPLE == 0, f"a weight of {tuple(w8.shape)} is no multiple of {GEMM_MULTIPLE}"
+    is_direct = out is not None and out.dtype == torch.bfloat16 and out.is_contiguous()
     product = torch._scaled_mm(
         x8,
         w8.t(),
@@ -134,9 +147,12 @@ def fp8_linear(
         bias=bias.to(torch.bfloat16) if bias is not None else None,
         out_dtype=torch.bfloat16,
         use_fast_accum=use_fast_accum,
+        out=out if is_direct else None,
     )
     assert isinstance(product, Tensor)
-    return product.to(out_dtype)
+    if out is None:
+        return product.to(out_dtype)
+    return out if is_direct else out.copy_(product)
 
 
 def _fp8_linear(
@@ -156,11 +172,33 @@ def _fp8_linear(
 
 @torch.no_grad()
 def fp8_linear_backward(
-    gradient: Tensor, w8: Tensor, w_scale: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool = True
+    gradient: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    use_fast_accum: bool = True,
+    u: Tensor | None = None,
+    a: Tensor | None = None,
 ) -> Tensor:
-    """[M, K] dy W for dy [M, N] (bf16, fp16 or fp32), which is quantised, and the weight of `fp8_linear`."""
-    codes, scale = quantize_rows(gradient, column_factor=w_scale)
-    transposed = transpose_codes(w8)
+    """[M, K] dy W + u A for dy [M, N] (bf16, fp16 or fp32), which is quantised, and the weight of `fp8_linear`.
+
+    u, a: [M, R] of the type of dy and [R, K], both quantised as dy and W are; None: without them
+    """
+    num_outputs, num_inputs = w8.shape
+    rank = 0 if a is None else a.shape[0]
+    width = -(-(num_outputs + rank) // GEMM_MULTIPLE) * GEMM_MULTIPLE
+    codes = torch.empty(gradient.shape[0], width, dtype=E4M3, device=gradient.device)
+    transposed = torch.empty(num_inputs, width, dtype=E4M3, device=gradient.device)
+    transpose_codes(w8, out=transposed[:, :num_outputs])
+    factor = w_scale
+    if a is not None:
+        a_codes, a_scale = quantize_rows(a)
+        transposed[:, num_outputs : num_outputs + rank].view(torch.uint8).copy_(a_codes.view(torch.uint8).t())
+        factor = torch.cat([w_scale, a_scale])
+    for unused in (codes[:, num_outputs + rank :], transposed[:, num_outputs + rank :]):
+        unused.view(torch.uint8).zero_()
+    _, scale = quantize_rows(gradient, beside=u, column_factor=factor, out=codes[:, : num_outputs + rank])
     ones = torch.ones(transposed.shape[0], dtype=torch.float32, device=transposed.device)
     return fp8_linear(codes, scale, transposed, ones, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
 

@@ -30,6 +30,7 @@ from affina.errors import TrainingError
 from affina.training.callbacks import Observers, StepMetrics, ValidationMetrics
 from affina.training.loss_scale import LossScale
 from affina.training.objectives import Objective
+from affina.training.optim import FlatAdamW
 from affina.training.state import TrainState
 
 
@@ -112,13 +113,11 @@ def train(
             make_room=lambda: _make_room(make_room, optimizer, observers, state.step),
         )
         learning_rate = schedule(state.step)
-        grad_norm = clip_gradients(parameters, settings.max_grad_norm, loss_scale.scale)
+        grad_norm = apply_gradients(
+            optimizer, parameters, learning_rate, max_norm=settings.max_grad_norm, loss_scale=loss_scale.scale
+        )
         is_finite = math.isfinite(grad_norm)
-        if is_finite:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-        else:
+        if not is_finite:
             _count_skip(state, loss_scale, float(loss), settings, observers, source.describe(state.step))
         optimizer.zero_grad(set_to_none=True)
         loss_scale.update(is_finite=is_finite)
@@ -163,6 +162,25 @@ def seed_step(seed: int, step: int) -> None:
     """Seed torch's generators from the run's seed and the step, so that dropout needs no saved state."""
     # The multiplier keeps (seed, step) and (seed + 1, step - 1) apart; the mask keeps the result a valid seed.
     torch.manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    learning_rate: float,
+    *,
+    max_norm: float,
+    loss_scale: float,
+) -> float:
+    """One clipped step of the optimiser; the gradients' norm. Nothing is changed when that is not finite."""
+    if isinstance(optimizer, FlatAdamW):
+        return optimizer.clip_and_step(learning_rate, max_norm, loss_scale)
+    norm = clip_gradients(parameters, max_norm, loss_scale)
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return norm
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, loss_scale: float) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from affina.errors import TrainingError
+from affina.kernels.adamw import adamw_step, clip_factor, gradient_norm
 
 OptimizerKind = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 
@@ -31,6 +33,8 @@ def build_optimizer(parameters: Sequence[nn.Parameter], options: OptimizerOption
     Raises TrainingError `optimizer-unavailable` when an 8-bit kind is asked for and bitsandbytes is not installed.
     """
     shared: dict[str, Any] = {"lr": 0.0, "weight_decay": options.weight_decay}
+    if options.kind == "adamw" and len(parameters) == 1 and _is_flat(parameters[0]):
+        return FlatAdamW(parameters, betas=options.betas, eps=options.epsilon, fused=True, **shared)
     if options.kind == "adamw":
         # One launch for all parameters; 3x faster than foreach on CPU as well.
         fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in parameters)
@@ -49,3 +53,54 @@ def build_optimizer(parameters: Sequence[nn.Parameter], options: OptimizerOption
     kind = bitsandbytes.optim.AdamW8bit if options.kind == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, betas=options.betas, eps=options.epsilon, **shared)
     return optimizer
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW over one flat float32 parameter, clipping included: two passes over the buffers, one wait for the device.
+
+    State and its form on disk are those of torch's AdamW.
+    """
+
+    def clip_and_step(self, learning_rate: float, max_norm: float, loss_scale: float) -> float:
+        """One step with the gradient scaled down to `max_norm` (0: as it is); returns its norm before.
+
+        loss_scale: what the loss was multiplied by; the norm is that without it
+
+        A norm that is not finite leaves parameter, moments and step count as they are.
+        """
+        (group,) = self.param_groups
+        (parameter,) = group["params"]
+        gradient: Tensor = parameter.grad
+        state = self.state[parameter]
+        if not state:
+            # On the CPU, where reading it costs nothing; torch's fused kernel takes it on either side.
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        group["lr"] = learning_rate
+        norm = gradient_norm(gradient)
+        adamw_step(
+            parameter.data,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=int(state["step"]) + 1,
+            learning_rate=learning_rate,
+            betas=group["betas"],
+            epsilon=group["eps"],
+            weight_decay=group["weight_decay"],
+            gradient_factor=clip_factor(norm, max_norm if max_norm > 0 else math.inf, loss_scale),
+        )
+        true_norm = float(norm) / loss_scale
+        if math.isfinite(true_norm):
+            state["step"] += 1
+        return true_norm
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["step"] = state["step"].cpu()
+
+
+def _is_flat(parameter: nn.Parameter) -> bool:
+    is_here = parameter.device.type in ("cpu", "cuda")
+    return parameter.dim() == 1 and parameter.dtype == torch.float32 and is_here

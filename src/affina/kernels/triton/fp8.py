@@ -21,7 +21,7 @@ from torch import Tensor
 
 from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
 
-MAX_TILE = 16384
+MAX_TILE = 32768
 TRANSPOSE_TILE = 64
 
 
@@ -36,14 +36,18 @@ def _numbers(row, column_factor, column, inside, HAS_FACTOR: tl.constexpr):
 @triton.jit
 def _quantize_rows_kernel(
     x,
+    beside,
     column_factor,
     codes,
     scale,
     x_stride,
+    beside_stride,
     codes_stride,
     K,
+    R,
     NUM_TILES: tl.constexpr,
     B: tl.constexpr,
+    BESIDE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST_MAXIMUM: tl.constexpr,
@@ -59,6 +63,10 @@ def _quantize_rows_kernel(
         column = tile * B + lane
         magnitudes = tl.maximum(magnitudes, tl.abs(_numbers(row, column_factor, column, column < K, HAS_FACTOR)))
     maximum = tl.max(magnitudes, axis=0)
+    if BESIDE > 0:
+        extra_lane = tl.arange(0, BESIDE)
+        extra = _numbers(beside + index * beside_stride, column_factor + K, extra_lane, extra_lane < R, HAS_FACTOR)
+        maximum = tl.maximum(maximum, tl.max(tl.abs(extra), axis=0))
     clamped = tl.maximum(maximum, SMALLEST_MAXIMUM)
     tl.store(scale + index, tl.where(maximum == 0.0, 1.0, tl.div_rn(clamped, LARGEST)))
 
@@ -68,22 +76,28 @@ def _quantize_rows_kernel(
         column = tile * B + lane
         numbers = _numbers(row, column_factor, column, column < K, HAS_FACTOR)
         tl.store(row_codes + column, (numbers * factor).to(tl.float8e4nv), mask=column < K)
+    if BESIDE > 0:
+        tl.store(row_codes + K + extra_lane, (extra * factor).to(tl.float8e4nv), mask=extra_lane < R)
 
 
-def quantize_rows(x: Tensor, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:
+def quantize_rows(x: Tensor, beside: Tensor | None, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:
     """Launches the kernel; arguments as in `affina.kernels.fp8.quantize_rows`."""
     rows, columns = x.shape
     tile = min(MAX_TILE, max(128, triton.next_power_of_2(columns)))
     _quantize_rows_kernel[(rows,)](
         x,
+        beside if beside is not None else x,
         column_factor if column_factor is not None else scale,
         codes,
         scale,
         x.stride(0),
+        beside.stride(0) if beside is not None else 0,
         codes.stride(0),
         columns,
+        beside.shape[1] if beside is not None else 0,
         NUM_TILES=triton.cdiv(columns, tile),
         B=tile,
+        BESIDE=triton.next_power_of_2(beside.shape[1]) if beside is not None and beside.shape[1] > 0 else 0,
         HAS_FACTOR=column_factor is not None,
         LARGEST=LARGEST,
         SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,

@@ -3,8 +3,9 @@
     forward:        y  = Q(x) Q_Wᵀ           rows of x quantised, one scale per token; one scale per row of W
     input gradient: ∂x = Q(∂y ∘ s_W) Q_W     the same weight: its scales lie on the contracted axis and go into ∂y
 
-Activations and gradients are quantised as they come, row by row; the adapter's products stay in 16 bits. See
-kernels/fp8.py for the error of each.
+Activations and gradients are quantised as they come, row by row. The adapter's own products stay in 16 bits, but its
+share u A of the input gradient is part of the second product, as in 16 bits: [∂y u] [W; A], with u and A quantised like
+∂y and W and with the same relative error. See kernels/fp8.py for the error of each.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Fp8Stack:
     """Codes of the layers below each other in one tensor, of which the layers' own become views."""
 
     num_extra = 0
-    """No room for low-rank parts: they are 16-bit, the product is not."""
+    """No room beside gradients for low-rank parts: they meet in the codes."""
 
     def __init__(self, layers: Sequence[Fp8Linear]) -> None:
         sizes = [layer.out_features for layer in layers]
@@ -47,12 +48,10 @@ class Fp8Stack:
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         codes, scale = quantize_rows(x)
-        product = fp8_linear(codes, scale, self._codes, self._scale, out_dtype=x.dtype)
-        return product if out is None else out.copy_(product)
+        return fp8_linear(codes, scale, self._codes, self._scale, out_dtype=x.dtype, out=out)
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
-        assert a is None, "an 8-bit product has no room for a 16-bit part"
-        return fp8_linear_backward(grad_output, self._codes, self._scale, out_dtype=grad_output.dtype)
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+        return fp8_linear_backward(grad_output, self._codes, self._scale, out_dtype=grad_output.dtype, u=u, a=a)
 
     def dense(self, out: Tensor) -> Tensor:
         return out.copy_(self._codes.float() * self._scale.unsqueeze(1))

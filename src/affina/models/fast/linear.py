@@ -148,10 +148,7 @@ class AdaptedLinear:
             return self.stack.input_gradient(wide, None)
         if self.merges:
             return wide @ self._merged_weight(flat)
-        if self.num_extra:
-            return self.stack.input_gradient(wide, self.slices.a(flat))
-        assert u is not None
-        return self.stack.input_gradient(wide, None).addmm_(u, self.slices.a(flat))
+        return self.stack.input_gradient(wide, self.slices.a(flat), None if self.num_extra else u)
 
     def _pairs(self) -> list[tuple[PairSlice, slice]]:
         assert self.slices is not None

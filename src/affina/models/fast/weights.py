@@ -34,15 +34,15 @@ class FrozenStack(Protocol):
 
     @property
     def num_extra(self) -> int:
-        """R, the room below the weights; 0 where the adapter's share needs a product of its own."""
+        """R, the room below the weights; 0 where gradients need no room for u beside them."""
         ...
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[M, in] → [M, Σ out]; the row stride of `out` may be larger."""
         ...
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
-        """[M, Σ out + R] → [M, in]. a: [R, in], or None where R = 0."""
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+        """[M, Σ out + R] → [M, in]. a: [R, in], or None without an adapter; u: [M, R] where `num_extra` is 0."""
         ...
 
     def dense(self, out: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class DenseStack:
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.mm(x, self._weight.t(), out=out)
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+        assert u is None, "u lies beside the gradient"
         if a is None:
             return grad_output @ self._weight
         self._buffer[self.shape[0] :].copy_(a)
@@ -114,7 +115,8 @@ class ExpandedStack:
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.mm(x, self.dense(self._workspace.matrix(*self.shape)).t(), out=out)
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None) -> Tensor:
+    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+        assert u is None, "u lies beside the gradient"
         rows, columns = self.shape
         if a is None:
             return grad_output @ self.dense(self._workspace.matrix(rows, columns))
