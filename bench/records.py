@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures, and how: whole files only, so that a call cut short leaves a record."""
+"""What every benchmark writes beside its figures, and how: whole files only, so a call cut short leaves a record."""
 
 from __future__ import annotations
 

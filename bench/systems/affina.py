@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
@@ -74,6 +76,19 @@ def adapted_model(spec: dict[str, Any]) -> Any:
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
     return attach_adapter(model, rank=spec.get("rank", 16), alpha=32.0, targets=TARGETS)
+
+
+@torch.no_grad()
+def restart_adapter(model: nn.Module, seed: int) -> None:
+    """The adapter as PEFT starts one, A uniform and B zero, from `seed` alone; in place, as captured graphs require."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            values = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.copy_(values)
+        elif ".lora_B." in name:
+            parameter.zero_()
 
 
 def prepare(spec: dict[str, Any], setting: dict[str, Any], clock: Clock | None = None) -> tuple[Any, Any, Any]:
