@@ -3,7 +3,7 @@
     python bench/leak.py [--steps 1000] [--seconds 60] [--phases graphs,offloaded,reference]
                          [--output bench/results/leak.json] [--tiny]
 
-A Qwen3 of four layers of width 1,024 on NF4 weights, rows of 2,048 random tokens in 1 to 24 documents, new ones at every
+A Qwen3 of four layers of width 1,024 on NF4 weights, rows of 2,048 random tokens in 1 to 24 documents, new ones each
 step, and one evaluation every 50 steps. Three phases: captured graphs with everything kept; every layer's input in host
 memory, launch by launch; the reference engine.
 
