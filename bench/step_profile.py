@@ -23,8 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from records import versions  # noqa: E402
 from systems.affina import batches_of, one_step, prepare  # noqa: E402
-from systems.common import time_steps, versions  # noqa: E402
+from systems.common import time_steps  # noqa: E402
 from train_step import CASES  # noqa: E402
 
 STEPS = 3

@@ -1,7 +1,8 @@
-"""affina's fast engine with its own loop's pieces: objective, clipping, optimiser."""
+"""affina's fast engine with its own loop's pieces: objective, accumulation, loss scale, clipping, optimiser."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -9,18 +10,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
 from affina.models.adapters import attach_adapter
-from affina.models.engines import trainable_parameters
+from affina.models.engines import engine_of, trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.weights import Fp8Options, Nf4Options, quantize_linears
-from affina.training.loop import apply_gradients
+from affina.training.loop import accumulate, apply_gradients
+from affina.training.loss_scale import LossScale
 from affina.training.objectives.sft import sft_objective
 from affina.training.optim import OptimizerOptions, build_optimizer
-from systems.common import TARGETS, main, packed_rows, random_model, time_steps
+from systems.common import (
+    DEVICE,
+    LEARNING_RATE,
+    TARGETS,
+    Clock,
+    cap_memory,
+    dtype_of,
+    main,
+    num_token_ids,
+    packed_rows,
+    random_model,
+    time_steps,
+)
 
 
 def batches_of(spec: dict[str, Any], count: int = 4) -> list[Batch]:
@@ -31,31 +46,59 @@ def batches_of(spec: dict[str, Any], count: int = 4) -> list[Batch]:
         rows = packed_rows(total, count)
     else:
         rows = [[spec["length"]] * spec["rows"]] * count
-    batches = []
-    for lengths in rows:
-        samples = []
-        for length in lengths:
-            ids = generator.integers(0, 151_000 if spec.get("model") != "llama-3.1-8b" else 128_000, length)
-            samples.append(Sample(ids.astype(np.int32), ids.astype(np.int32)))
-        batches.append(collate(samples, num_tokens=total, pad_token_id=0).to("cuda"))
-    return batches
+    return [
+        random_batch(lengths, num_tokens=total, num_ids=num_token_ids(spec), generator=generator) for lengths in rows
+    ]
 
 
-def prepare(spec: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, optimiser, engine)"""
-    if not setting.get("deterministic", True):
-        torch.use_deterministic_algorithms(False)
-    else:  # what a run does by default
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+def random_batch(lengths: list[int], *, num_tokens: int, num_ids: int, generator: np.random.Generator) -> Batch:
+    """One row of random documents of these lengths, on the device."""
+    samples = []
+    for length in lengths:
+        ids = generator.integers(0, num_ids, length).astype(np.int32)
+        samples.append(Sample(ids, ids))
+    return collate(samples, num_tokens=num_tokens, pad_token_id=0).to(DEVICE)
+
+
+def be_deterministic() -> None:
+    """As a run is by default."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def adapted_model(spec: dict[str, Any]) -> Any:
+    """The frozen base in the case's weight format, with a fresh adapter on all seven linears."""
     model = random_model(spec).eval().requires_grad_(False)
     options = Nf4Options() if spec.get("nf4") else Fp8Options() if spec.get("fp8") else None
     if options is not None:
         quantize_linears(model, options, exclude=[model.get_output_embeddings()])
-        torch.cuda.empty_cache()
-    adapted = attach_adapter(model, rank=spec.get("rank", 16), alpha=32.0, targets=TARGETS)
-    memory = setting.get("memory_gib")
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+    return attach_adapter(model, rank=spec.get("rank", 16), alpha=32.0, targets=TARGETS)
+
+
+@torch.no_grad()
+def restart_adapter(model: nn.Module, seed: int) -> None:
+    """The adapter as PEFT starts one, A uniform and B zero, from `seed` alone; in place, as captured graphs require."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            values = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.copy_(values)
+        elif ".lora_B." in name:
+            parameter.zero_()
+
+
+def prepare(spec: dict[str, Any], setting: dict[str, Any], clock: Clock | None = None) -> tuple[Any, Any, Any]:
+    """(model, optimiser, engine)"""
+    if setting.get("deterministic", True):
+        be_deterministic()
+    with (clock or Clock()).paused():
+        adapted = adapted_model(spec)
+    cap_memory(setting)
+    memory = setting.get("memory_gib", setting.get("cap_gib"))
     engine = attach_fast_engine(
         adapted,
         row_tokens=spec["rows"] * spec["length"],
@@ -64,27 +107,52 @@ def prepare(spec: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, Any, An
     )
     if isinstance(engine, Unsupported):
         raise SystemExit(f"the fast engine does not run: {engine.reason}")
-    if setting.get("graphs", True):
+    if setting.get("graphs", True) and DEVICE.type == "cuda":
         engine.enable_graphs(print)
     optimizer = build_optimizer(trainable_parameters(adapted), OptimizerOptions("adamw"))
     return adapted, optimizer, engine
 
 
-def one_step(model: Any, optimizer: Any, batch: Batch) -> tuple[int, float]:
-    """Forward, backward, clip, update: (tokens that are not padding, loss per token)."""
-    loss, count = sft_objective(model, batch)
-    (loss / count).backward()
-    apply_gradients(optimizer, trainable_parameters(model), 1e-4, max_norm=1.0, loss_scale=1.0)
+def one_step(model: Any, optimizer: Any, batch: Batch, loss_scale: LossScale | None = None) -> tuple[int, float]:
+    """Forward, backward, clip, update: (tokens that are not padding, loss per token).
+
+    A step that runs out of memory is repeated with more recomputation, as the loop does it.
+    """
+    scale = loss_scale.scale if loss_scale is not None else 1.0
+    engine = engine_of(model)
+
+    def make_room() -> bool:
+        optimizer.zero_grad(set_to_none=True)
+        kept = engine.make_room() if engine is not None else None
+        if kept is not None:
+            print(f"out of memory: layers keep {kept} from now on", flush=True)
+        return kept is not None
+
+    loss = accumulate(
+        model,
+        [batch],
+        sft_objective,
+        num_supervised=batch.num_supervised,
+        loss_scale=scale,
+        begin=lambda: None,
+        make_room=make_room,
+    )
+    norm = apply_gradients(optimizer, trainable_parameters(model), LEARNING_RATE, max_norm=1.0, loss_scale=scale)
     optimizer.zero_grad(set_to_none=True)
-    return batch.num_tokens, float(loss.detach()) / count
+    if loss_scale is not None:
+        loss_scale.update(is_finite=bool(np.isfinite(norm)))
+    return batch.num_tokens, float(loss)
 
 
-def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path, clock: Clock) -> dict[str, Any]:
     started = time.perf_counter()
-    model, optimizer, engine = prepare(spec, setting)
-    batches = batches_of(spec)
+    model, optimizer, engine = prepare(spec, setting, clock)
     prepared = time.perf_counter() - started
-    result = time_steps(lambda index: one_step(model, optimizer, batches[index % len(batches)]))
+    batches = batches_of(spec)
+    loss_scale = LossScale.for_precision(is_float16=dtype_of(spec) is torch.float16)
+    result = time_steps(
+        lambda index: one_step(model, optimizer, batches[index % len(batches)], loss_scale), clock=clock
+    )
     captured = f"{len(engine.graphs.captured)} graphs" if engine.graphs is not None else "eager"
     note = f"{engine.policy.describe()}; {captured}"
     return {**result, "note": note, "prepare_seconds": round(prepared, 1)}

@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from systems.common import TARGETS, main, random_model, time_steps
+from systems.common import DEVICE, TARGETS, Clock, cap_memory, dtype_of, main, random_model, time_steps
+from systems.peers import batches_of, trainer_step
 
 
-def quantize_with_bitsandbytes(module: nn.Module) -> None:
-    """Every linear layer but the head in bitsandbytes' NF4 with double quantisation."""
+def quantize_with_bitsandbytes(module: nn.Module, dtype: torch.dtype) -> None:
+    """Every linear layer but the head in bitsandbytes' NF4 with double quantisation. dtype: of the products"""
     import bitsandbytes
 
     for name, child in list(module.named_children()):
@@ -23,7 +24,7 @@ def quantize_with_bitsandbytes(module: nn.Module) -> None:
                 child.in_features,
                 child.out_features,
                 bias=False,
-                compute_dtype=torch.bfloat16,
+                compute_dtype=dtype,
                 quant_type="nf4",
                 compress_statistics=True,
                 device="meta",
@@ -31,35 +32,25 @@ def quantize_with_bitsandbytes(module: nn.Module) -> None:
             layer.weight = bitsandbytes.nn.Params4bit(
                 child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
             )
-            setattr(module, name, layer.to("cuda"))
+            setattr(module, name, layer.to(DEVICE))
         else:
-            quantize_with_bitsandbytes(child)
+            quantize_with_bitsandbytes(child, dtype)
 
 
-def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
-    model = random_model(spec)
-    if spec.get("nf4"):
-        quantize_with_bitsandbytes(model.model)
-        model.is_loaded_in_4bit = True
-        gc.collect()
-        torch.cuda.empty_cache()
+def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path, clock: Clock) -> dict[str, Any]:
+    with clock.paused():
+        model = random_model(spec)
+        if spec.get("nf4"):
+            quantize_with_bitsandbytes(model.model, dtype_of(spec))
+            model.is_loaded_in_4bit = True
+            gc.collect()
+    cap_memory(setting)
     model = get_peft_model(model, LoraConfig(r=spec.get("rank", 16), lora_alpha=32, target_modules=TARGETS))
     if setting.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    ids = torch.randint(0, 128_000, (spec["rows"], spec["length"]), device="cuda")
-
-    def step(index: int) -> tuple[int, float]:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return ids.numel(), float(loss)
-
-    return time_steps(step)
+    return time_steps(trainer_step(model, batches_of(spec), spec), clock=clock)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from systems.common import TARGETS, Clock, cap_memory, dtype_of, main, time_steps
 
 os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1")
 
@@ -30,25 +33,25 @@ fast.save_pretrained(folder)
 """
 
 
-def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
-    import json
-
+def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path, clock: Clock) -> dict[str, Any]:
     checkpoint = folder / f"checkpoint-{spec.get('model', 'qwen3-4b')}"
     if not (checkpoint / "config.json").exists():
-        subprocess.run([sys.executable, "-c", WRITE, json.dumps(spec), str(checkpoint)], check=True)
-    import torch
+        with clock.paused():
+            subprocess.run([sys.executable, "-c", WRITE, json.dumps(spec), str(checkpoint)], check=True)
     from unsloth import FastLanguageModel  # before everything it patches
 
-    from systems.common import TARGETS, time_steps
+    from systems.peers import batches_of, document_lengths_of, trainer_step
 
-    model, _ = FastLanguageModel.from_pretrained(
-        str(checkpoint),
-        max_seq_length=spec["length"],
-        dtype=torch.bfloat16,
-        load_in_4bit=bool(spec.get("nf4")),
-        load_in_16bit=not spec.get("nf4"),
-        local_files_only=True,
-    )
+    with clock.paused():
+        model, _ = FastLanguageModel.from_pretrained(
+            str(checkpoint),
+            max_seq_length=spec["length"],
+            dtype=dtype_of(spec),
+            load_in_4bit=bool(spec.get("nf4")),
+            load_in_16bit=not spec.get("nf4"),
+            local_files_only=True,
+        )
+    cap_memory(setting)
     model = FastLanguageModel.get_peft_model(
         model,
         r=spec.get("rank", 16),
@@ -60,23 +63,12 @@ def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path) -> dict
         use_gradient_checkpointing="unsloth" if setting.get("checkpointing") else False,
     )
     FastLanguageModel.for_training(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ids = torch.randint(0, 128_000, (spec["rows"], spec["length"]), device="cuda")
-
-    def step(index: int) -> tuple[int, float]:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return ids.numel(), float(loss)
-
-    return time_steps(step)
+    batches = batches_of(spec)
+    if spec.get("packed"):
+        for batch in batches:
+            batch.arguments["packed_seq_lengths"] = document_lengths_of(batch)
+    return time_steps(trainer_step(model, batches, spec), clock=clock)
 
 
 if __name__ == "__main__":
-    from systems.common import main
-
     main(measure)

@@ -1,0 +1,84 @@
+"""What every benchmark writes beside its figures, and how: whole files only, so a call cut short leaves a record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "triton", "bitsandbytes", "liger-kernel", "unsloth", "affina")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter here, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device_name: str) -> dict[str, Any]:
+    return {"device": device_name, "versions": versions(), "date": today()}
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def write(path: Path, record: Any) -> None:
+    """`record` as JSON under `path`: the whole of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> Any:
+    """What `write` wrote, None where nothing is."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class Deadline:
+    """`seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+def run(
+    command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """(exit status, what it printed); the status is None when it took longer, and nothing of it runs any more."""
+    with TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # compilers that it started hold memory of the device too
+            process.wait()
+            status = None
+        output.seek(0)
+        return status, output.read().decode(errors="replace")
