@@ -314,7 +314,9 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def loss_cases(is_tiny: bool) -> Iterator[Case]:
-    for rows, vocabulary, softcap in [(5, 300, 7.0)] if is_tiny else [(7, 5003, None), (3, 151_936, 30.0), (1, 17, None)]:
+    for rows, vocabulary, softcap in (
+        [(5, 300, 7.0)] if is_tiny else [(7, 5003, None), (3, 151_936, 30.0), (1, 17, None)]
+    ):
         for dtype in FLOATS:
             logits = random(rows, vocabulary, dtype=dtype, factor=3.0, slack=13)
             targets = torch.randint(0, vocabulary, (rows,))

@@ -12,7 +12,7 @@ from tests.kernels import exact_casts, loop_bounds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import kernel_cases  # noqa: E402
+import kernel_cases
 
 exact_casts.install()
 loop_bounds.install()

@@ -388,8 +388,17 @@ def test_each_tile_on_the_card_gives_the_definition(monkeypatch, name, width, wi
     assert_card_gives_definition("triton", [5, 130, 1, 300, 64], window, width=width)
 
 
-def assert_card_gives_definition(backend, lengths, window, width):
-    q, k, v, grad_output = inputs_of(sum(lengths), heads=8, width=width, dtype=torch.bfloat16)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (3, 1), (6, 1), (7, 1), (16, 1)])
+def test_each_number_of_query_heads_to_a_key_head_on_the_card(heads, groups, width, window):
+    assert_card_gives_definition("triton", [65, 64, 1, 130], window, width=width, heads=heads, groups=groups)
+
+
+def assert_card_gives_definition(backend, lengths, window, width, heads=8, groups=2):
+    q, k, v, grad_output = inputs_of(sum(lengths), heads=heads, groups=groups, width=width, dtype=torch.bfloat16)
     q, k = q * 0.5, k * 0.5  # scores of the size that trained models have
     segments = segments_of(lengths, num_empty=2)
     on_card = Segments(segments.cu_seqlens.cuda(), segments.max_seqlen, segments.lengths, segments.uniform_length)

@@ -488,6 +488,8 @@ def _grad_kv_kernel(
     PARTS: tl.constexpr = REPEATS // HEADS
     TOKENS: tl.constexpr = ROWS // HEADS
     G_STRIDE: tl.constexpr = NUM_HEADS * K
+    # Requests of Triton 3.6 for a tile that begins at no multiple of 16 bytes end in an illegal instruction.
+    DESCRIBED: tl.constexpr = DESCRIPTORS and HEADS > 1
     entry = work + (tl.program_id(0) // GROUPS) * 4
     group = tl.program_id(0) % GROUPS
     start = tl.load(entry)
@@ -513,7 +515,7 @@ def _grad_kv_kernel(
         q_tile = _load_tile(q, start + position, end, head, Q_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
         g_tile = _load_tile(grad_output, start + position, end, head, G_STRIDE, K, PADDED_K, ROWS, HEADS, DESCRIPTORS)
         log2_lse, negative_delta = _load_statistics(
-            statistics, group * PARTS + part, start + position, end, statistics_stride, ROWS, HEADS, DESCRIPTORS
+            statistics, group * PARTS + part, start + position, end, statistics_stride, ROWS, HEADS, DESCRIBED
         )
         weights = _exp2(tl.dot(k_tile, tl.trans(q_tile)) * log2_scale - log2_lse[None, :], APPROXIMATE)
         hidden = _is_partly_hidden(position, position + TOKENS - 1, first, first + KEYS - 1, WINDOW)
@@ -667,7 +669,7 @@ def backward_keys(
         k,
         v,
         launch.queries(grad_output, tile),
-        TensorDescriptor.from_tensor(statistics, [1, 2 * tile.rows]) if tile.descriptors else statistics,
+        _described(statistics, tile) if tile.descriptors and tile.heads(launch.repeats) > 1 else statistics,
         grad_k,
         grad_v,
         work,
@@ -677,6 +679,11 @@ def backward_keys(
         **launch.constants(tile),
     )
     return grad_k, grad_v
+
+
+def _described(statistics: Tensor, tile: Tile) -> TensorDescriptor:
+    """One request gets what `backward_keys` needs of a tile's rows."""
+    return TensorDescriptor.from_tensor(statistics, [1, 2 * tile.rows])
 
 
 def _new_statistics(q: Tensor, heads: int) -> Tensor:
