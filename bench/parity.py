@@ -165,24 +165,18 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(CONFIGS))
     parser.add_argument("--weights", default=",".join(WEIGHTS))
     arguments = parser.parse_args()
-    records = []
+    header = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    records: list[dict[str, Any]] = []
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.families.split(","):
         for weights in arguments.weights.split(","):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 records += compare(name, CONFIGS[name], dtype, weights=weights)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps(
-            {
-                "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "records": records,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+                arguments.output.write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
     rounded = [record for record in records if record["dtype"] != "float32"]
     worst = max(record["gradient_error_fast"] / record["gradient_error_reference"] for record in rounded)
     exact = max((record["gradient_error_fast"] for record in records if record["dtype"] == "float32"), default=0.0)

@@ -54,7 +54,8 @@ CHUNK_BYTES_CPU = 64 * 1024 * 1024
 8.3 s."""
 CHUNK_BYTES_ACCELERATOR = 160 * 1024 * 1024
 """Float32 logits of one chunk on a GPU, 256 rows of a 151,936-entry head. Measured on an H200, both products of 16,384
-such rows: 256 at a time 36.2 ms, 384 38.2, 441 39.1, 512 37.9, 1,024 36.7, 2,048 36.4."""
+such rows alone: 256 at a time 36.2 ms, 384 38.2, 441 39.1, 512 37.9, 1,024 36.7, 2,048 36.4; in a whole step, which the
+card's power limits, 256 and 441 take the same."""
 ROW_MULTIPLE = 128
 """Rows that a GPU's matrix products work on at once: others cost as much and do nothing."""
 MIN_CHUNK_ROWS = 16

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from affina.kernels.attention import Segments
 from affina.models.engines import engine_of, set_engine, trainable_parameters
 from affina.models.families import Unsupported
-from affina.models.fast.blas import products_of
 from affina.models.fast.build import build_decoder, largest_ranks
 from affina.models.fast.decoder import Decoder, HeadTape
 from affina.models.fast.fp8 import Fp8Stack
@@ -111,10 +110,6 @@ class FastEngine:
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tape]:
         """The loss, and what its backward pass needs."""
-        with products_of(batch.input_ids.shape[0], batch.input_ids.device):
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tape]:
         row = self._row(batch)
         graphed = None
         if self.graphs is not None and row.num_attention_on_host == 0:
@@ -137,8 +132,7 @@ class FastEngine:
         grad = self.decoder.gradient_of_last(tape.head, factor)
         if tape.graphed is not None:
             return tape.graphed.backward(grad, tape.ticket)
-        with products_of(grad.shape[0], grad.device):
-            return self.decoder.backward(grad, tape.saved, tape.row)
+        return self.decoder.backward(grad, tape.saved, tape.row)
 
     def _evaluate(self, batch: Batch) -> Tensor:
         row = self._row(batch)
