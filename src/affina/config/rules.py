@@ -246,6 +246,22 @@ def _warmup_never_ends(settings: Settings) -> ConfigError | None:
     )
 
 
+@reads("engine.memory", "training.gradient_checkpointing")
+def _lowest_keeps_activations(settings: Settings) -> ConfigError | None:
+    config = settings.config
+    if config.engine.memory != "lowest" or config.training.gradient_checkpointing is not False:
+        return None
+    if not settings.wrote("training.gradient_checkpointing"):
+        return None  # a preset's choice: `lowest` is the user's and wins
+    return ConfigError(
+        "lowest-keeps-activations",
+        "engine.memory is lowest and training.gradient_checkpointing is false",
+        why="the least memory means that activations are computed again, not kept",
+        fix="remove gradient_checkpointing, or write `memory: auto` or a number of GiB",
+        where=settings.where("engine.memory", "training.gradient_checkpointing"),
+    )
+
+
 @reads("data.max_length", "model.path")
 def _longer_than_context(settings: Settings) -> ConfigError | None:
     """For a model on this machine; that of a hub id is compared once its config.json is there."""

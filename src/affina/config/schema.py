@@ -61,7 +61,9 @@ class QuantizationConfig(Section):
         "slower load. Turn it on when the tuned model falls short of a 16-bit one.",
     )
     skip_modules: tuple[str, ...] = Field(
-        default=("lm_head",), description="Names of linear layers that stay unquantised; tied embeddings always do."
+        default=("lm_head",),
+        description="Names of linear layers that stay unquantised. Embedding and head do in any case, unless "
+        "engine.memory is lowest.",
     )
 
 
@@ -331,10 +333,12 @@ class EngineConfig(Section):
         description="reference: transformers' own forward. fast: the fused decoder, an error where it cannot run the "
         "model. auto: fast where it can, and the run says why where it cannot.",
     )
-    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+    memory: Literal["auto", "lowest"] | Annotated[float, Field(gt=0)] = Field(
         default="auto",
         description="GiB of device memory that the fast engine may use; it keeps as many activations as fit and "
-        "recomputes the rest. auto: what is free. Lower it to leave room for other programs.",
+        "recomputes the rest. auto: what is free. Lower it to leave room for other programs. lowest: as little as can "
+        "be, and slower: embedding and head in 8 bits on either engine; on the fast one all layers recomputed, and the "
+        "adapter with its gradients and optimiser state in main memory.",
     )
 
 

@@ -174,6 +174,12 @@ class AttentionResult:
     saved: tuple[Tensor, ...]
     backend: str
 
+    def of_heads(self, heads: slice) -> AttentionResult:
+        """What attention of these query heads alone, and of the key heads that they share, would have kept; a copy."""
+        by_head = {"reference": 1, "triton": 1, "flash": 0, "cudnn": 1}[self.backend]
+        lse = self.lse[heads] if by_head == 0 else self.lse[:, heads]
+        return AttentionResult(self.output[:, heads].contiguous(), lse.contiguous(), self.saved, self.backend)
+
 
 @torch.no_grad()
 def attention(

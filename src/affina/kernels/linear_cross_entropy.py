@@ -41,14 +41,15 @@ frozen, ignored rows are removed before the first product, and the products are 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from affina.kernels.dispatch import use_triton
+from affina.kernels.logits import IGNORED_LABEL, ExpandableRows, finish_logits, matmul_float32
+from affina.kernels.tiled_cross_entropy import tiled_cross_entropy
 
-IGNORED_LABEL = -100
 CHUNK_BYTES_CPU = 64 * 1024 * 1024
 """Float32 logits of one chunk on a CPU. Measured: 128 rows of a 151,936-entry head take 3.0 s per 256 rows, 16 rows
 8.3 s."""
@@ -61,6 +62,14 @@ ROW_MULTIPLE = 128
 MIN_CHUNK_ROWS = 16
 
 
+class HeadOptions(TypedDict):
+    """What lies between W h and the logits; see `linear_cross_entropy`."""
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
 def default_chunk_rows(vocabulary_size: int, device: torch.device) -> int:
     """How many rows of logits are computed at once on `device`."""
     if device.type == "cpu":
@@ -71,7 +80,7 @@ def default_chunk_rows(vocabulary_size: int, device: torch.device) -> int:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -82,7 +91,8 @@ def linear_cross_entropy(
     """The sum of the cross-entropies of all rows whose target is not -100, as a float32 scalar.
 
     hidden:      [N, D] bf16, fp16 or fp32; the only tensor that receives a gradient when the head is frozen
-    weight:      [V, D] the head, cast to the type of `hidden` when it differs
+    weight:      [V, D] the head, cast to the type of `hidden` when it differs; one that is no tensor is expanded
+                 tile by tile (`tiled_cross_entropy`)
     targets:     [N] int64, class of each row; rows with -100 are left out before anything is computed
     bias:        [V] or None
     softcap:     c of z = c · tanh(u / c), or None
@@ -92,10 +102,11 @@ def linear_cross_entropy(
     With N = 0 the result is 0 and its gradient is zeros.
     """
     hidden, targets = _drop_ignored_rows(hidden, targets)
-    head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if head_is_trained and torch.is_grad_enabled():
-        return _plain_loss(hidden, weight, targets, bias, softcap, logit_scale)
-    weight = weight.detach()
+    if isinstance(weight, Tensor):
+        head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if head_is_trained and torch.is_grad_enabled():
+            return _plain_loss(hidden, weight, targets, bias, softcap, logit_scale)
+        weight = weight.detach()
     bias = bias.detach() if bias is not None else None
     if not (hidden.requires_grad and torch.is_grad_enabled()):
         return token_losses(
@@ -108,7 +119,7 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -120,20 +131,22 @@ def token_losses(
 
     Shapes and types as in `linear_cross_entropy`.
     """
-    weight = weight.to(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
+    if not isinstance(weight, Tensor):
+        tiled_cross_entropy(hidden, weight, targets, losses=losses, chunk_rows=chunk_rows, **options)
+        return losses
+    weight = weight.to(hidden.dtype)
     for part in _chunks(hidden, weight, chunk_rows):
-        logits = _matmul_float32(hidden[part], weight.t())
-        cross_entropy_rows(
-            logits, targets[part], losses=losses[part], bias=bias, softcap=softcap, logit_scale=logit_scale
-        )
+        logits = matmul_float32(hidden[part], weight.t())
+        cross_entropy_rows(logits, targets[part], losses=losses[part], **options)
     return losses
 
 
 @torch.no_grad()
 def linear_cross_entropy_and_gradient(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -153,8 +166,12 @@ def linear_cross_entropy_and_gradient(
     gradient = gradient_out if gradient_out is not None else torch.empty_like(hidden)
     assert gradient.shape == hidden.shape, f"{tuple(gradient.shape)} memory for {tuple(hidden.shape)} gradients"
     assert gradient.dtype == hidden.dtype, f"{gradient.dtype} memory for {hidden.dtype} gradients"
-    weight = weight.to(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    if not isinstance(weight, Tensor):
+        options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
+        tiled_cross_entropy(hidden, weight, targets, losses=losses, gradient=gradient, chunk_rows=chunk_rows, **options)
+        return losses.sum(), gradient
+    weight = weight.to(hidden.dtype)
     for part in _chunks(hidden, weight, chunk_rows):
         error = _error_of_chunk(hidden[part], weight, targets[part], losses[part], bias, softcap, logit_scale)
         torch.mm(error, weight, out=gradient[part])
@@ -171,7 +188,7 @@ def _error_of_chunk(
     logit_scale: float,
 ) -> Tensor:
     """[C, V] gradient of the losses by W h, in the type of `hidden`; fills `losses`. Frees the logits on return."""
-    logits = _matmul_float32(hidden, weight.t())
+    logits = matmul_float32(hidden, weight.t())
     error = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
     cross_entropy_rows(logits, targets, losses=losses, error=error, bias=bias, softcap=softcap, logit_scale=logit_scale)
     return error
@@ -244,7 +261,7 @@ def _cross_entropy_rows(
 
     A logit is exponentiated once, for the normaliser and for its probability: on a CPU that is most of the time.
     """
-    logits = _finish_logits(logits.float(), bias, softcap, logit_scale)
+    logits = finish_logits(logits.float(), bias, softcap, logit_scale)
     target = targets.unsqueeze(1)
     ignored = target == IGNORED_LABEL
     target = target.clamp(min=0)
@@ -278,24 +295,6 @@ def _drop_ignored_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return hidden, targets
 
 
-def _finish_logits(logits: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    """Bias, scale and cap, in place on float32 logits."""
-    if bias is not None:
-        logits += bias.float()
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
-def _matmul_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right as float32, without rounding the result to 16 bits where the device allows it."""
-    if left.device.type == "cuda" and left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
-
-
 def _plain_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -319,7 +318,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | ExpandableRows,
         targets: Tensor,
         bias: Tensor | None,
         softcap: float | None,

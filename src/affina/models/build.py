@@ -114,6 +114,7 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
     if wanted == "auto":
         wanted = _PRECISIONS_OF_DTYPES[config.model.dtype]
     dtype, precision_note = choose_precision(wanted, device)
+    is_lowest = config.engine.memory == "lowest"
     base = load_causal_lm(
         config.model.path,
         revision=config.model.revision,
@@ -121,7 +122,8 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
         device=device,
         weight_format=weight_format(config),
         trust_remote_code=config.model.trust_remote_code,
-        cache_dequantized_bytes=DENSE_CACHE_BYTES if device.type == "cpu" else 0,
+        cache_dequantized_bytes=0 if is_lowest or device.type != "cpu" else DENSE_CACHE_BYTES,
+        quantizes_vocabulary=is_lowest,
     )
     notes = [note for note in (precision_note, *load_notes(base)) if note]
     return base, device, notes
@@ -190,9 +192,10 @@ def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> boo
     attached = attach_fast_engine(
         model,
         row_tokens=config.training.micro_batch_size * config.data.max_length,
-        budget_bytes=None if memory == "auto" else int(memory * 2**30),
+        budget_bytes=int(memory * 2**30) if isinstance(memory, float) else None,
         recompute=config.training.gradient_checkpointing,
         is_flat=config.training.optimizer == "adamw",
+        is_lean=memory == "lowest",
     )
     if isinstance(attached, Unsupported):
         if config.engine.path == "fast":
@@ -205,12 +208,16 @@ def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> boo
         notes.append(f"engine: reference, because {attached.reason}")
         return False
     notes.append(f"engine: fast; layers keep {attached.policy.describe()}")
+    if attached.decoder.adapter.is_on_host:
+        notes.append("adapter, gradients and optimiser state are kept in main memory (engine.memory: lowest)")
     return True
 
 
 def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch.device) -> bool:
     """The user's choice, or whether the activations of one row would crowd the device."""
     choice = config.training.gradient_checkpointing
+    if config.engine.memory == "lowest":
+        return bool(base.supports_gradient_checkpointing)
     if choice != "auto":
         return choice and base.supports_gradient_checkpointing
     if not base.supports_gradient_checkpointing:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from affina.errors import ModelError
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from affina.kernels.logits import finish_logits, head_product
 from affina.kernels.packed_attention import Documents
 from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
 from affina.models.engines import engine_of
@@ -312,10 +313,8 @@ def _verify_head(model: nn.Module, base: PreTrainedModel, head: Head | None) -> 
         if head is None:
             found = _logits_by_module(base, hidden).float()
         else:
-            bias = head.bias.float() if head.bias is not None else 0.0
-            found = (hidden.float() @ head.weight.float().t() + bias) * head.scale
-            if head.softcap is not None:
-                found = head.softcap * torch.tanh(found / head.softcap)
+            found = head_product(hidden.detach(), head.weight, dtype=torch.float32)
+            found = finish_logits(found, head.bias, head.softcap, head.scale)
     difference = _relative_difference(found, expected)
     # Rounding alone: 1e-6 in float32, 2^-8 per operation in bfloat16, on numbers of the logits' spread.
     tolerance = 1e-3 if base.dtype == torch.float32 else 0.05

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,14 +38,21 @@ from affina.models.safetensors_file import (
 )
 from affina.models.structure import base_model_of
 from affina.models.weights import (
+    Int8Embedding,
+    Int8Head,
     Nf4Linear,
     Nf4Options,
+    Vocabulary,
     WeightFormatOptions,
     cache_dequantized,
     format_of,
     linear_layers,
+    place_embedding,
+    place_head,
     quantize_linears,
+    quantize_vocabulary,
     quantized_layers,
+    vocabulary_of,
 )
 from affina.models.weights.quantized import replace_module
 
@@ -61,6 +71,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     attention: str = "auto",
     cache_dequantized_bytes: int = 0,
+    quantizes_vocabulary: bool = False,
 ) -> PreTrainedModel:
     """The model at `path`, in evaluation mode, every parameter frozen.
 
@@ -72,6 +83,7 @@ def load_causal_lm(
     attention:     a name that transformers knows; "auto" leaves the choice to it
     cache_dequantized_bytes: quantised layers keep their dense weights if all of them fit this budget (see
                              `cache_dequantized`)
+    quantizes_vocabulary: embedding and head in int8, whatever the format of the other layers (weights/vocabulary.py)
 
     Raises ModelError: model-not-found, model-unreachable, model-gated, model-type-unknown, model-needs-code,
     checkpoint-missing, checkpoint-unsafe, checkpoint-incomplete, checkpoint-damaged, checkpoint-mismatch,
@@ -92,12 +104,12 @@ def load_causal_lm(
     build: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention != "auto":
         build["attn_implementation"] = attention
-    if options is None:
+    if options is None and not quantizes_vocabulary:
         model = _load_dense(folder, config, dtype, device, build)
     else:
         # What a 4-bit checkpoint left dense stays dense.
-        quantize = options if stored is None else None
-        model = _load_quantized(folder, config, specs, dtype, device, quantize, build, notes)
+        target = _Target(dtype, device, options if stored is None else None, quantizes_vocabulary)
+        model = _load_quantized(folder, config, specs, target, build, notes, is_stored_quantized=stored is not None)
     if stored is not None and not isinstance(weight_format, Nf4Options):
         ignored = f"; {weight_format.name} was asked for and has no effect" if weight_format is not None else ""
         notes.append(f"the checkpoint is stored in 4-bit NF4 and stays in it{ignored}")
@@ -278,18 +290,28 @@ class _WeightsOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What becomes of a checkpoint's tensors. options: for its linear layers, None: they stay as they are stored."""
+
+    dtype: torch.dtype
+    device: torch.device
+    options: WeightFormatOptions | None
+    quantizes_vocabulary: bool
+
+
 def _load_quantized(
     folder: Path,
     config: PretrainedConfig,
     specs: Mapping[str, TensorSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    options: WeightFormatOptions | None,
+    target: _Target,
     build: Mapping[str, Any],
     notes: list[str],
+    *,
+    is_stored_quantized: bool,
 ) -> PreTrainedModel:
     with _WeightsOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **build)
+        model = AutoModelForCausalLM.from_config(config, dtype=target.dtype, **build)
     assert isinstance(model, PreTrainedModel)
     wanted = dict(model.named_parameters()) | _persistent_buffers(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -298,22 +320,46 @@ def _load_quantized(
         model, "_keep_in_fp32_modules_strict", None
     )
     if missing or keeps_float32:
-        if options is None:
+        if is_stored_quantized:
             raise _missing(folder, missing)
-        return _load_then_quantize(folder, config, dtype, device, options, build, notes)
+        return _load_then_quantize(folder, config, target, build, notes)
     head = model.get_output_embeddings()
+    vocabulary = _wanted_vocabulary(model, target, notes)
     for name, spec in _in_file_order(specs):
         if name not in wanted:
             continue
-        _place(model, name, spec, specs, dtype, device, options, head)
+        if vocabulary is not None and name in vocabulary.weights:
+            _place_vocabulary(model, name, spec, target, vocabulary)
+        else:
+            _place(model, name, spec, specs, target, head)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise _missing(folder, left)
-    model.to(device)
+    model.to(target.device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _wanted_vocabulary(model: PreTrainedModel, target: _Target, notes: list[str]) -> Vocabulary | None:
+    """Embedding and head as far as they are to be quantised and can be; says what cannot."""
+    if not target.quantizes_vocabulary:
+        return None
+    vocabulary = vocabulary_of(model)
+    if vocabulary.why_not is not None:
+        notes.append(f"the embedding stays in {str(target.dtype).removeprefix('torch.')}: {vocabulary.why_not}")
+    return vocabulary
+
+
+def _place_vocabulary(
+    model: PreTrainedModel, name: str, spec: TensorSpec, target: _Target, vocabulary: Vocabulary
+) -> None:
+    """Reads the weight of the embedding or of the head and puts it, in int8, where it belongs."""
+    _check_shape(name, spec.shape, model.get_parameter(name), spec.path)
+    place = place_embedding if name == f"{vocabulary.embedding}.weight" else place_head
+    with _naming(name):
+        place(model, vocabulary, read_tensor(spec), dtype=target.dtype, device=target.device)
 
 
 def _place(
@@ -321,9 +367,7 @@ def _place(
     name: str,
     spec: TensorSpec,
     specs: Mapping[str, TensorSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    options: WeightFormatOptions | None,
+    target: _Target,
     head: nn.Module | None,
 ) -> None:
     """Reads one tensor and puts it, quantised where it should be, where it belongs."""
@@ -335,26 +379,30 @@ def _place(
         state[""] = read_tensor(spec)
         quantized = Nf4Tensor.from_state(state, name)
         _check_shape(name, quantized.shape, module.weight, spec.path)
-        replace_module(model, module_name, Nf4Linear(_moved(quantized, device), module.bias))
+        replace_module(model, module_name, Nf4Linear(_moved(quantized, target.device), module.bias))
         return
     current = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
     _check_shape(name, spec.shape, current, spec.path)
-    tensor = read_tensor(spec).to(device)
+    tensor = read_tensor(spec).to(target.device)
     if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(target.dtype)
+    options = target.options
     if is_weight and options is not None and module is not head and not options.skips(module_name):
         assert isinstance(module, nn.Linear)
         module.weight = nn.Parameter(tensor, requires_grad=False)
-        replace_module(model, module_name, _quantized(module, options, name))
+        with _naming(name):
+            replace_module(model, module_name, options.quantize_linear(module))
     elif leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
 
 
-def _quantized(layer: nn.Linear, options: WeightFormatOptions, name: str) -> nn.Linear:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of a weight that cannot be quantised say which one it is."""
     try:
-        return options.quantize_linear(layer)
+        yield
     except ModelError as error:
         raise ModelError(error.code, f"{name} holds NaN or infinity", why=error.why, fix=error.fix) from error
 
@@ -391,9 +439,7 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpe
 def _load_then_quantize(
     folder: Path,
     config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: WeightFormatOptions,
+    target: _Target,
     build: Mapping[str, Any],
     notes: list[str],
 ) -> PreTrainedModel:
@@ -401,10 +447,13 @@ def _load_then_quantize(
         "its checkpoint does not name tensors as transformers' modules do: loaded whole, then quantised, "
         "so that loading took the memory of the dense model"
     )
-    model = _load_dense(folder, config, dtype, torch.device("cpu"), build)
+    model = _load_dense(folder, config, target.dtype, torch.device("cpu"), build)
     head = model.get_output_embeddings()
-    quantize_linears(model, options, exclude=[head] if head is not None else [])
-    model.to(device)
+    if target.options is not None:
+        quantize_linears(model, target.options, exclude=[head] if head is not None else [])
+    if _wanted_vocabulary(model, target, notes) is not None:
+        quantize_vocabulary(model)
+    model.to(target.device)
     return model
 
 
@@ -427,17 +476,7 @@ def save_quantized(model: nn.Module, directory: Path | str, *, compute_dtype: to
         )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base.state_dict().items()
-        if name not in tied and ".lora_" not in name
-    }
-    planned = [
-        PlannedTensor(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for name, tensor in state.items()
-    ]
-    write_sharded(folder, planned, max_shard_bytes=_MAX_SHARD_BYTES)
+    write_sharded(folder, list(_planned_tensors(base)), max_shard_bytes=_MAX_SHARD_BYTES)
     config = base.config.to_diff_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(base).__name__]
@@ -447,6 +486,26 @@ def save_quantized(model: nn.Module, directory: Path | str, *, compute_dtype: to
     if base.generation_config is not None:
         base.generation_config.save_pretrained(folder)
     return folder
+
+
+def _planned_tensors(base: PreTrainedModel) -> Iterator[PlannedTensor]:
+    """Every tensor of the model in the layout of bitsandbytes, which knows no embedding or head in few bits: these are
+    expanded."""
+    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
+    expanded = {
+        f"{name}.weight": module.quantized
+        for name, module in base.named_modules()
+        if isinstance(module, Int8Embedding | Int8Head)
+    }
+    scales = {name.removesuffix("weight") + "scale" for name in expanded}
+    for name, tensor in base.state_dict().items():
+        if name in tied or name in scales or ".lora_" in name:
+            continue
+        plain, shape = name.replace(".base_layer.", "."), tuple(tensor.shape)
+        if name in expanded:
+            yield PlannedTensor(plain, base.dtype, shape, partial(expanded[name].dequantize, base.dtype))
+        else:
+            yield PlannedTensor(plain, tensor.dtype, shape, lambda tensor=tensor: tensor)  # type: ignore[misc]
 
 
 def _bitsandbytes_config(base: PreTrainedModel, layer: Nf4Linear, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -491,6 +550,9 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         weight_format = format_of(layer)
         assert weight_format is not None
         num_bytes[weight_format.name] = num_bytes.get(weight_format.name, 0) + weight_format.num_bytes(layer)
+    for module in base.modules():
+        if isinstance(module, Int8Embedding) and id(module.weight) not in codes:
+            num_bytes["int8"] += module.scale.nbytes
     if adapter:
         num_bytes["adapter"] = sum(parameter.nbytes for parameter in adapter)
     expanded = sum(layer.out_features * layer.in_features for layer in quantized)

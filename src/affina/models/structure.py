@@ -13,6 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from affina.kernels.logits import ExpandableRows
+from affina.models.weights import Int8Head
+
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `model`, which may be wrapped by PEFT (its layers stay in place)."""
@@ -36,20 +39,21 @@ def body_of(model: PreTrainedModel) -> nn.Module | None:
 class Head:
     """From hidden states to logits: z = softcap(scale · (W h + b)).
 
-    weight: [V, D]     bias: [V] or None
+    weight: [V, D], a tensor or rows to be expanded     bias: [V] or None
     """
 
-    weight: Tensor
+    weight: Tensor | ExpandableRows
     bias: Tensor | None
     softcap: float | None
     scale: float
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
-    """The head as the config describes it, or None when it is not a plain dense linear layer."""
+    """The head as the config describes it, or None when it is not a plain linear layer, dense or in int8."""
     layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear and not isinstance(layer, Int8Head):
         return None
+    weight = layer.quantized if isinstance(layer, Int8Head) else layer.weight
     config = text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = 1.0
@@ -57,4 +61,4 @@ def head_of(model: PreTrainedModel) -> Head | None:
         scale /= float(divisor)
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
         scale *= float(factor)
-    return Head(layer.weight, layer.bias, float(softcap) if softcap is not None else None, scale)
+    return Head(weight, layer.bias, float(softcap) if softcap is not None else None, scale)

@@ -27,7 +27,7 @@ from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.build import LoadedModel
 from affina.models.device import memory_stats
 from affina.models.engines import engine_of, trainable_parameters
-from affina.models.fast import fast_engine_of, flat_adapter_of
+from affina.models.fast import detach_fast_engine, fast_engine_of, flat_adapter_of
 from affina.models.forward import probe_batch, supervised_loss
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, require_whole
@@ -192,6 +192,8 @@ def run_training(
     if state.stop_reason != "interrupted":
         publish_adapter(run, saved_step)
         restore_adapter_weights(model, run.adapter)
+    if (fast := fast_engine_of(model)) is not None and fast.decoder.adapter.is_on_host:
+        detach_fast_engine(model)  # what comes next, evaluation and generation, computes with PEFT's own matrices
     assert state.stop_reason is not None
     return TrainingOutcome(
         stop_reason=state.stop_reason,

@@ -57,7 +57,7 @@ def test_an_mlp_in_parts_gives_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = batch_of(LENGTHS)
     attach(model, Keep.INPUT)
     loss, whole = loss_and_gradients(model, batch)
-    monkeypatch.setattr("affina.models.fast.layer.MLP_CHUNK_TOKENS", 16)
+    monkeypatch.setattr("affina.models.fast.engine.MLP_CHUNK_TOKENS", 16)
     parts_loss, parts = loss_and_gradients(model, batch)
     assert float(parts_loss) == pytest.approx(float(loss), rel=1e-6)
     assert worst_difference(whole, parts)[0] < FLOAT32

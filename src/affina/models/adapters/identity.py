@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from affina.models.structure import base_model_of, text_config
+from affina.models.weights import Int8Embedding, fingerprint_rows
 
 _SHAPE_FIELDS = (
     "model_type",
@@ -30,7 +31,6 @@ _SHAPE_FIELDS = (
     "n_layer",
     "n_head",
 )
-_SAMPLED_ROWS = 256
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
@@ -52,10 +52,13 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def _weights_fingerprint(base: nn.Module) -> str:
     digest = hashlib.sha256()
-    embedding = base.get_input_embeddings().weight  # type: ignore[operator]
-    assert isinstance(embedding, Tensor)
-    step = max(1, embedding.shape[0] // _SAMPLED_ROWS)
-    _update(digest, "embedding", embedding.detach()[::step])
+    embedding = base.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(embedding, Int8Embedding):
+        sample = embedding.fingerprint  # of the weight before it was quantised: it is the same base
+    else:
+        assert isinstance(embedding.weight, Tensor)
+        sample = fingerprint_rows(embedding.weight)
+    _update(digest, "embedding", sample)
     vectors = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in base.named_parameters()

@@ -24,9 +24,15 @@ from affina.models.forward import verified_head
 from affina.models.structure import base_model_of, body_of
 
 
-def build_decoder(model: PeftModel, spec: DecoderSpec) -> Decoder:
+def build_decoder(
+    model: PeftModel, spec: DecoderSpec, *, is_lean: bool = False, adapter_on_host: bool = False
+) -> Decoder:
     """The fused decoder of a supported model. Moves PEFT's parameters, and dense q/k/v and gate/up weights, into joint
-    tensors of which the modules' own become views."""
+    tensors of which the modules' own become views.
+
+    is_lean:         the least memory for weights that are expanded
+    adapter_on_host: see `FlatAdapter`
+    """
     base = base_model_of(model)
     body = body_of(base)
     head = verified_head(model)
@@ -35,17 +41,18 @@ def build_decoder(model: PeftModel, spec: DecoderSpec) -> Decoder:
     device, dtype = base.device, base.dtype
     modules: list[Any] = list(body.get_submodule("layers").children())
     groups = [group for module in modules for group in layer_projections(module)]
-    adapter = FlatAdapter([[lora_pair(member) for member in group] for group in groups], compute_dtype=dtype)
+    pairs = [[lora_pair(member) for member in group] for group in groups]
+    adapter = FlatAdapter(pairs, compute_dtype=dtype, on_host=adapter_on_host)
     workspace = Workspace(device, dtype)
     linears = [
-        _adapted_linear(group, slices, workspace, merges=dtype == torch.float32)
+        _adapted_linear(group, slices, workspace, merges=dtype == torch.float32, splits=is_lean)
         for group, slices in zip(groups, adapter.slices, strict=True)
     ]
     layers = [
         DecoderLayer(
             spec,
             spec.windows[index],
-            _folds(adapter.slices[4 * index : 4 * index + 4], adapter.parameter, dtype),
+            _folds(adapter.slices[4 * index : 4 * index + 4], device, dtype),
             _weight(module.input_layernorm),
             _weight(module.post_attention_layernorm),
             _weight(module.self_attn.q_norm) if spec.has_qk_norm else None,
@@ -76,18 +83,22 @@ def largest_ranks(decoder: Decoder) -> LayerRanks:
     return max(ranks, key=lambda layer: layer.total)
 
 
-def _folds(slices: Sequence[GroupSlice | None], parameter: Tensor, dtype: torch.dtype) -> bool:
+def _folds(slices: Sequence[GroupSlice | None], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a layer's low-rank updates are added inside its Triton kernels."""
     ranks = [pair.rank for group in slices if group is not None for pair in group.pairs if pair is not None]
-    return dtype != torch.float32 and use_triton(parameter) and max(ranks, default=0) <= MAX_FOLDED_RANK
+    return (
+        dtype != torch.float32
+        and use_triton(torch.empty(0, device=device))
+        and max(ranks, default=0) <= MAX_FOLDED_RANK
+    )
 
 
 def _adapted_linear(
-    group: list[nn.Module], slices: GroupSlice | None, workspace: Workspace, *, merges: bool
+    group: list[nn.Module], slices: GroupSlice | None, workspace: Workspace, *, merges: bool, splits: bool
 ) -> AdaptedLinear:
     frozen = [frozen_layer(member) for member in group]
     num_extra = 0 if slices is None or merges else slices.total_rank
-    stack = build_stack(frozen, num_extra, workspace)
+    stack = build_stack(frozen, num_extra, workspace, splits=splits)
     assert stack is not None, "support.py lets only known formats through"
     if merges:
         workspace.reserve(stack.shape[0] * stack.shape[1])

@@ -20,8 +20,8 @@ from affina.models.fast.build import build_decoder, largest_ranks
 from affina.models.fast.decoder import Decoder, HeadTape
 from affina.models.fast.fp8 import Fp8Stack
 from affina.models.fast.graphs import GraphedRow, RowGraphs
-from affina.models.fast.layer import RowContext, Saved
-from affina.models.fast.memory import attention_on_host, free_bytes, working_bytes
+from affina.models.fast.layer import MLP_CHUNK_TOKENS, RowContext, Saved
+from affina.models.fast.memory import attention_on_host, free_bytes, tokens_per_part, working_bytes
 from affina.models.fast.parameters import FlatAdapter
 from affina.models.fast.policy import Keep, RowSizes, SavePolicy, choose_policy
 from affina.models.fast.probe import ATTENTION_LIMIT, attention_difference
@@ -32,14 +32,16 @@ from affina.models.structure import base_model_of, body_of
 
 @dataclass(slots=True)
 class Tape:
-    """What a forward pass leaves for its backward pass; used up by it. `graphed` replays it, else `saved` has it."""
+    """What a forward pass leaves for its backward pass. `graphed` replays it, else `saved` has it.
+
+    head: None once it is used up
+    """
 
     row: RowContext
-    head: HeadTape
+    head: HeadTape | None
     saved: list[Saved | None]
     graphed: GraphedRow | None = None
     ticket: int = 0
-    is_spent: bool = False
 
 
 class FastEngine:
@@ -121,18 +123,21 @@ class FastEngine:
         else:
             last, saved = self.decoder.forward(batch.input_ids, row, self.policy)
         positions = predicting_positions(batch)
-        loss, head = self.decoder.loss_and_gradient(last, positions, batch.labels[positions + 1])
+        rows, num_tokens = last.rows(positions), batch.input_ids.shape[0]
+        del last
+        loss, head = self.decoder.loss_and_gradient(rows, positions, batch.labels[positions + 1], num_tokens=num_tokens)
         return loss, Tape(row, head, saved, graphed, ticket)
 
     def backward(self, tape: Tape, factor: Tensor) -> Tensor:
         """[P] float32 gradient of `factor` · loss for the flat adapter."""
-        if tape.is_spent:
+        if tape.head is None:
             raise RuntimeError("the fused decoder's backward pass uses up what the forward pass kept: it runs once")
-        tape.is_spent = True
-        grad = self.decoder.gradient_of_last(tape.head, factor)
+        head, tape.head = tape.head, None
+        stream = self.decoder.gradient_of_last(head, factor)
+        del head
         if tape.graphed is not None:
-            return tape.graphed.backward(grad, tape.ticket)
-        return self.decoder.backward(grad, tape.saved, tape.row)
+            return tape.graphed.backward(stream, tape.ticket)
+        return self.decoder.backward(stream, tape.saved, tape.row)
 
     def _evaluate(self, batch: Batch) -> Tensor:
         row = self._row(batch)
@@ -145,6 +150,7 @@ class FastEngine:
         probe = torch.empty(0, dtype=torch.float32, device=batch.input_ids.device)
         cos, sin = self._rotary(probe, batch.position_ids.unsqueeze(0))
         half = cos.shape[-1] // 2
+        in_parts = Keep.PARTS in self.policy.layers
         return RowContext(
             segments,
             cos[0, :, :half].contiguous(),
@@ -158,6 +164,8 @@ class FastEngine:
                 itemsize=self.decoder.final_norm.dtype.itemsize,
                 device=batch.input_ids.device,
             ),
+            part_tokens=tokens_per_part(batch.input_ids.shape[0]) if in_parts else MLP_CHUNK_TOKENS,
+            in_parts=in_parts,
         )
 
 
@@ -186,6 +194,7 @@ def attach_fast_engine(
     budget_bytes: int | None = None,
     recompute: bool | Literal["auto"] = "auto",
     is_flat: bool = True,
+    is_lean: bool = False,
 ) -> FastEngine | Unsupported:
     """Run `model`'s losses through the fused decoder from now on, or say why it cannot.
 
@@ -193,6 +202,8 @@ def attach_fast_engine(
     budget_bytes: of device memory for the whole process; None: what is free
     recompute:    True keeps only the layers' inputs, False keeps all, "auto" keeps what the memory allows
     is_flat:      the optimiser sees one flat parameter (elementwise optimisers), or PEFT's matrices
+    is_lean:      take the least memory of the device, whatever is free: nothing kept, layers in parts, and a flat
+                  adapter in the host's memory, where PEFT's matrices then are too until `detach_fast_engine`
 
     The result is compared with the reference on a small batch before it is trusted.
     """
@@ -204,8 +215,13 @@ def attach_fast_engine(
     if not of_attention <= ATTENTION_LIMIT:
         return Unsupported(f"its attention differs by {of_attention:.1%} from the definition on this card")
     expected = _loss_and_gradients(model)
-    decoder = build_decoder(model, spec)
-    policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)
+    on_device = base.device.type != "cpu"
+    decoder = build_decoder(model, spec, is_lean=is_lean, adapter_on_host=is_lean and is_flat and on_device)
+    if is_lean:
+        leanest = Keep.PARTS if on_device else Keep.INPUT
+        policy, has_room_for_graphs = SavePolicy.uniform(spec.num_layers, leanest), False
+    else:
+        policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)
     engine = FastEngine(model, decoder, policy, is_flat=is_flat, has_room_for_graphs=has_room_for_graphs)
     set_engine(model, engine)
     difference = _difference(expected, _loss_and_gradients(model))
@@ -223,7 +239,7 @@ def _policy(
 
     A captured row keeps the memory it works with, so validation, which runs launch by launch, needs the same again.
     """
-    device = decoder.adapter.parameter.device
+    device = decoder.adapter.device
     spare = free_bytes(device, budget_bytes) - working_bytes(decoder, row_tokens)
     spare_beside_graphs = spare - working_bytes(decoder, row_tokens)
     sizes: RowSizes = {
@@ -236,7 +252,7 @@ def _policy(
         return policy, policy.num_bytes(decoder.spec, **sizes) <= spare_beside_graphs
     may_offload = device.type == "cuda"
     policy = choose_policy(decoder.spec, budget_bytes=spare_beside_graphs, may_offload=may_offload, **sizes)
-    if Keep.OFFLOADED not in policy.layers:
+    if min(policy.layers) > Keep.OFFLOADED:
         return policy, True
     return choose_policy(decoder.spec, budget_bytes=spare, may_offload=may_offload, **sizes), False
 
@@ -262,27 +278,27 @@ def flat_adapter_of(model: nn.Module) -> FlatAdapter | None:
 
 
 def _loss_and_gradients(model: PeftModel) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients of a small batch, in PEFT's order of parameters; leaves no gradients."""
+    """Loss and gradients of a small batch, in PEFT's order of parameters, on the CPU; leaves no gradients."""
     parameters = trainable_parameters(model)
     with _nonzero_adapter(model), torch.enable_grad():
         loss, _ = supervised_loss(model, probe_batch(model))
         gradients = torch.autograd.grad(loss, parameters)
     engine = fast_engine_of(model)
     if engine is None:
-        return loss.detach(), list(gradients)
+        return loss.detach(), [gradient.cpu() for gradient in gradients]
     by_parameter = (
         engine.decoder.adapter.gradients_of(gradients[0])
         if engine.is_flat
         else dict(zip(engine.parameters, gradients, strict=True))
     )
-    return loss.detach(), [by_parameter[p] for p in model.parameters() if p.requires_grad]
+    return loss.detach(), [by_parameter[p].cpu() for p in model.parameters() if p.requires_grad]
 
 
 @contextmanager
 def _nonzero_adapter(model: PeftModel) -> Iterator[None]:
     """Every adapter matrix nonzero for a while: with B = 0, as adapters start, no gradient reaches A."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter.detach().clone() for parameter in parameters]
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:

@@ -50,8 +50,13 @@ class Fp8Stack:
         codes, scale = quantize_rows(x)
         return fp8_linear(codes, scale, self._codes, self._scale, out_dtype=x.dtype, out=out)
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
-        return fp8_linear_backward(grad_output, self._codes, self._scale, out_dtype=grad_output.dtype, u=u, a=a)
+    def input_gradient(
+        self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None, *, columns: slice = slice(None)
+    ) -> Tensor:
+        # Codes of some columns are gathered: the product takes contiguous ones.
+        codes = self._codes.view(torch.uint8)[:, columns].contiguous().view(E4M3)
+        a = a[:, columns] if a is not None else None
+        return fp8_linear_backward(grad_output, codes, self._scale, out_dtype=grad_output.dtype, u=u, a=a)
 
     def dense(self, out: Tensor) -> Tensor:
         return out.copy_(self._codes.float() * self._scale.unsqueeze(1))

@@ -103,14 +103,14 @@ class GraphedRow:
             lean = SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT)
             for _ in range(_WARMUP_RUNS):
                 last, saved = decoder.forward(self._input_ids, row, lean)
-                decoder.backward(decoder.layers[-1].new_gradient(last.x.shape[0], last.x).zero_(), saved, row)
+                decoder.backward(decoder.new_stream(last.x.shape[0], last.x).zero_(), saved, row)
                 del last, saved
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward_graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._last, saved = decoder.forward(self._input_ids, row, policy)
-        self._grad = decoder.layers[-1].new_gradient(self._last.x.shape[0], self._last.x)
+        self._grad = decoder.new_stream(self._last.x.shape[0], self._last.x)
         with torch.cuda.graph(self._backward_graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._gradient = decoder.backward(self._grad, saved, row)
 
@@ -134,7 +134,7 @@ class RowGraphs:
         """The graphs for a row of this shape, captured now if need be; None: run it launch by launch."""
         if self._refused:
             return None
-        if Keep.OFFLOADED in policy.layers:
+        if min(policy.layers) <= Keep.OFFLOADED:
             self._refuse("inputs of layers are in host memory")
             return None
         shape = RowShape.of(row.segments, input_ids.shape[0])

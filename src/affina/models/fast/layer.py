@@ -20,7 +20,7 @@ The backward pass walks up the same list. Some things are worth saying.
   so the gradient of A comes from x, which is kept anyway.
 * The sum x₂ + … of a layer's end is left to the next layer's norm, which reads both anyway (`Pending`).
 * Buffers are reused as soon as their content is spent: the gradient of gate and up is written over them, the
-  activation over its own gradient.
+  activation over its own gradient, and there is one gradient of the residual stream, from the last layer to the first.
 * Where gate and up are not kept, the MLP runs over a few thousand tokens at a time, forward and backward: it is the
   widest part of a layer, and no token of it sees another.
 """
@@ -40,6 +40,7 @@ from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm,
 from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward_with_ranks
 from affina.models.families import DecoderSpec
 from affina.models.fast.linear import AdaptedLinear
+from affina.models.fast.parameters import FlatPart
 from affina.models.fast.policy import Keep
 
 MLP_CHUNK_TOKENS = 4096
@@ -48,30 +49,45 @@ MLP_CHUNK_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class RowContext:
-    """What all layers need to know of one packed row.
+    """What the layers need to know of one packed row.
 
-    cos, sin: [T, K/2] float32. flat: [P] the adapter
+    cos, sin:    [T, K/2] float32
+    flat:        the adapter, or at least that of the layer at hand
     num_attention_on_host: so many layers, the first ones, send the attention's output to host memory where they would
                            compute it again otherwise
+    part_tokens: tokens that are computed at once where not all need be
+    in_parts:    all that can be computed part by part is (parts.py)
     """
 
     segments: Segments
     cos: Tensor
     sin: Tensor
-    flat: Tensor
+    flat: FlatPart
     num_attention_on_host: int = 0
+    part_tokens: int = MLP_CHUNK_TOKENS
+    in_parts: bool = False
+
+    def parts(self) -> Iterator[slice]:
+        """The row cut into parts."""
+        num_tokens = self.cos.shape[0]
+        for start in range(0, num_tokens, self.part_tokens):
+            yield slice(start, min(start + self.part_tokens, num_tokens))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """The residual stream between two layers, its last sum not yet made: x + update + low-rank part, [T, D].
 
-    The next norm makes it, so that it costs no pass of its own.
+    The next norm makes it, so that it costs no pass of its own; `settle` then forgets the terms.
     """
 
     x: Tensor
     update: Tensor | None = None
     lora: RowUpdate | None = None
+
+    def settle(self, x: Tensor) -> None:
+        """Take the sum [T, D] in place of its terms."""
+        self.x, self.update, self.lora = x, None, None
 
     def rows(self, positions: Tensor) -> Tensor:
         """[N, D] the sum at these positions."""
@@ -110,6 +126,20 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class NormedMlp:
+    """What the backward pass of an MLP needs of some tokens.
+
+    x2: [M, D]; rstd2: [M] its norm's factors; gate_up: [M, 2 I + R] wide; t_gate_up, t_down: [M, R]
+    """
+
+    x2: Tensor
+    rstd2: Tensor
+    gate_up: Tensor
+    t_gate_up: Tensor | None
+    t_down: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Weights of one layer. norm weights: [D]; q_norm, k_norm: [K] or None.
 
@@ -140,56 +170,68 @@ class DecoderLayer:
 
         keeps_attention: the attention's output at levels that do not name it
         """
-        saved, h = self._input(before)
+        saved, h = self.normed_input(before)
+        before.settle(saved.x)
         self._project(h, saved, row)
         self._attend(saved, row)
         h = self._add_attention(saved, row)
         assert saved.x2 is not None
         if keep is not None and keep >= Keep.PRODUCTS:
-            update, saved.gate_up, saved.t_gate_up, saved.t_down = self._mlp(h, row)
+            update, saved.gate_up, saved.t_gate_up, saved.t_down = self.mlp(h, row)
         else:
             update, saved.t_down = self._mlp_in_parts(h, row)
-        after = Pending(saved.x2, update, self._row_update(self.down, saved.t_down, row))
+        after = Pending(saved.x2, update, self.row_update(self.down, saved.t_down, row))
         return after, None if keep is None else _kept(saved, keep, keeps_attention=keeps_attention)
 
-    def new_gradient(self, num_tokens: int, like: Tensor) -> Tensor:
-        """[T, D + R] uninitialised, for the gradient of x₃."""
-        return self.down.new_outputs(num_tokens, like)
+    def backward(self, stream: Tensor, saved: Saved, row: RowContext, gradient: FlatPart, *, is_first: bool) -> None:
+        """∂x₃ → ∂x, written over it; adapter gradients go into `gradient`. Uses up `saved`.
 
-    def backward(
-        self, grad: Tensor, saved: Saved, row: RowContext, gradient: Tensor, *, below: DecoderLayer | None
-    ) -> Tensor | None:
-        """∂x₃ [T, D + R] → ∂x in a buffer of the layer below; adapter gradients go into `gradient`.
-
-        below: None: nothing below needs a gradient. Uses up `grad` and `saved`.
+        stream:   [T, D + R] the gradient of the residual stream, with room for the largest R of any layer
+        is_first: nothing below needs a gradient, and ∂x is not made
         """
         self._complete_attention(saved, row)
-        grad2 = self._mlp_backward(grad, saved, row, gradient)
-        del grad
-        grad_qkv = self._attention_backward(grad2, saved, row, gradient)
+        self._mlp_backward(stream, saved, row, gradient)
+        saved.x2 = None
+        grad_qkv = self._attention_backward(stream, saved, row, gradient)
         assert saved.rstd1 is not None
-        if below is None:
-            u = self.qkv.rank_gradient(grad_qkv, saved.t_qkv, row.flat, gradient)
-            self._normed_a_gradient(self.qkv, u, saved.x, saved.rstd1, self.input_norm, gradient)
-            return None
-        grad_x = below.new_gradient(saved.x.shape[0], saved.x)
-        self._through_norm(
+        self.input_backward(grad_qkv, saved.t_qkv, saved.x, saved.rstd1, stream, row, gradient, is_first=is_first)
+
+    def input_backward(
+        self,
+        grad_qkv: Tensor,
+        t: Tensor | None,
+        x: Tensor,
+        rstd: Tensor,
+        stream: Tensor,
+        row: RowContext,
+        gradient: FlatPart,
+        *,
+        is_first: bool,
+        accumulates: bool = False,
+    ) -> None:
+        """wide gradient of q, k, v of some tokens and ∂x₂ of them in `stream` → ∂x in its place."""
+        if is_first:
+            u = self.qkv.rank_gradient(grad_qkv, t, row.flat, gradient, accumulates=accumulates)
+            self.normed_a_gradient(self.qkv, u, x, rstd, self.input_norm, gradient, accumulates=accumulates)
+            return
+        residual = stream[:, : self.spec.hidden_size]
+        self.through_norm(
             self.qkv,
             grad_qkv,
-            saved.t_qkv,
-            saved.x,
-            saved.rstd1,
+            t,
+            x,
+            rstd,
             self.input_norm,
             row,
             gradient,
-            grad_residual=grad2[:, : self.spec.hidden_size],
-            out=grad_x[:, : self.spec.hidden_size],
+            grad_residual=residual,
+            out=residual,
+            accumulates=accumulates,
         )
-        return grad_x
 
     # Forward
 
-    def _input(self, before: Pending) -> tuple[Saved, Tensor]:
+    def normed_input(self, before: Pending) -> tuple[Saved, Tensor]:
         """(x, kept; h₁ [T, D])"""
         epsilon = self.spec.norm_epsilon
         if before.update is None:
@@ -208,20 +250,20 @@ class DecoderLayer:
     def _attend(self, saved: Saved, row: RowContext) -> None:
         """q, k, v → o"""
         self._rotate(saved, row)
-        q, k, v = self._heads(saved)
+        q, k, v = self.heads(saved)
         saved.attended = attention(q, k, v, row.segments, scale=self.spec.attention_scale, window=self.window)
 
     def _rotate(self, saved: Saved, row: RowContext) -> None:
         assert saved.qkv is not None
         products = saved.qkv[:, : self.qkv.num_outputs]
-        update = self._qkv_update(saved.t_qkv, row)
-        options = self._rope_options()
+        update = self.qkv_update(saved.t_qkv, row)
+        options = self.rope_options()
         if update is None:
             saved.q, saved.k = qk_rope(products, row.cos, row.sin, **options)
         else:
             saved.q, saved.k, saved.v = qk_rope(products, row.cos, row.sin, **options, lora=update)
 
-    def _heads(self, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, K], k [T, G, K], v [T, G, K], the last a view of qkv where nothing was folded into it."""
         assert saved.q is not None
         assert saved.k is not None
@@ -236,28 +278,28 @@ class DecoderLayer:
         assert saved.attended is not None
         heads = saved.attended.output.flatten(1)
         update, saved.t_o = self.output.forward(heads, row.flat, folds=self.folds)
-        lora = self._row_update(self.output, saved.t_o, row)
+        lora = self.row_update(self.output, saved.t_o, row)
         saved.x2, h, saved.rstd2 = add_rms_norm(
             saved.x, update, self.mlp_norm, self.spec.norm_epsilon, sum_out=update, lora=lora
         )
         return h
 
-    def _mlp(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def mlp(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """h₂ of some tokens → (what is added to x₂, wide gate and up, their t, t of the down projection)"""
         gate_up, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
-        activation = swiglu(gate_up[:, : self.gate_up.num_outputs], lora=self._gate_up_update(t, row))
+        activation = swiglu(gate_up[:, : self.gate_up.num_outputs], lora=self.gate_up_update(t, row))
         update, t_down = self.down.forward(activation, row.flat, folds=self.folds)
         return update, gate_up, t, t_down
 
     def _mlp_in_parts(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor | None]:
         """h₂ → (what is added to x₂, t of the down projection)"""
-        if h.shape[0] <= MLP_CHUNK_TOKENS:
-            update, _, _, t_down = self._mlp(h, row)
+        if h.shape[0] <= row.part_tokens:
+            update, _, _, t_down = self.mlp(h, row)
             return update, t_down
         update = torch.empty_like(h)
         ts = []
-        for part in _parts(h.shape[0]):
-            update[part], _, _, t = self._mlp(h[part], row)
+        for part in row.parts():
+            update[part], _, _, t = self.mlp(h[part], row)
             ts.append(t)
         return update, torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
 
@@ -276,37 +318,41 @@ class DecoderLayer:
         if saved.x2 is None:
             self._add_attention(saved, row)
 
-    def _mlp_backward(self, grad: Tensor, saved: Saved, row: RowContext, gradient: Tensor) -> Tensor:
-        """wide ∂x₃ → wide ∂x₂, the sum of its two ways."""
+    def _mlp_backward(self, stream: Tensor, saved: Saved, row: RowContext, gradient: FlatPart) -> None:
+        """∂x₃ → ∂x₂, the sum of its two ways, in its place."""
         assert saved.x2 is not None
-        grad2 = self.output.new_outputs(grad.shape[0], saved.x2)
-        is_kept = saved.gate_up is not None
-        for part in [slice(None)] if is_kept else _parts(grad.shape[0]):
-            self._mlp_part_backward(grad[part], saved, part, row, gradient, grad2[part, : self.spec.hidden_size])
-        return grad2
-
-    def _mlp_part_backward(
-        self, grad: Tensor, saved: Saved, part: slice, row: RowContext, gradient: Tensor, out: Tensor
-    ) -> None:
-        """wide ∂x₃ of some tokens → ∂x₂ of them, into `out`."""
-        assert saved.x2 is not None
-        x2, rstd2, wide, t = saved.x2[part], saved.rstd2, saved.gate_up, saved.t_gate_up
-        if wide is None:
+        if saved.gate_up is not None:
+            assert saved.rstd2 is not None
+            kept = NormedMlp(saved.x2, saved.rstd2, saved.gate_up, saved.t_gate_up, saved.t_down)
+            saved.gate_up = None
+            self.mlp_backward(stream, kept, row, gradient)
+            return
+        for part in row.parts():
+            x2 = saved.x2[part]
             h, rstd2 = rms_norm(x2, self.mlp_norm, self.spec.norm_epsilon)
-            wide, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
+            t_down = saved.t_down[part] if saved.t_down is not None else None
+            again = self.mlp_again(x2, h, rstd2, t_down, row)
             del h
-        saved.gate_up = None
-        assert rstd2 is not None
-        accumulates = part.start not in (None, 0)
-        t_down = saved.t_down[part] if saved.t_down is not None else None
-        u_down = self.down.rank_gradient(grad, t_down, row.flat, gradient, accumulates=accumulates)
+            self.mlp_backward(stream[part], again, row, gradient, accumulates=part.start > 0)
+
+    def mlp_again(self, x2: Tensor, h: Tensor, rstd2: Tensor, t_down: Tensor | None, row: RowContext) -> NormedMlp:
+        """What the backward pass of some tokens' MLP needs, from their x₂ and its norm h."""
+        gate_up, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
+        return NormedMlp(x2, rstd2, gate_up, t, t_down)
+
+    def mlp_backward(
+        self, stream: Tensor, kept: NormedMlp, row: RowContext, gradient: FlatPart, *, accumulates: bool = False
+    ) -> None:
+        """∂x₃ of some tokens → ∂x₂ of them, in its place. Uses up `kept`."""
+        grad, wide, t = self.down.wide(stream), kept.gate_up, kept.t_gate_up
+        u_down = self.down.rank_gradient(grad, kept.t_down, row.flat, gradient, accumulates=accumulates)
         grad_activation = self.down.input_gradient(grad, u_down, row.flat)
         gate_up = wide[:, : self.gate_up.num_outputs]
         b_gate, b_up = self.gate_up.factors(gradient)
         swiglu_backward_with_ranks(
             grad_activation,
             gate_up,
-            lora=self._gate_up_update(t, row),
+            lora=self.gate_up_update(t, row),
             u_down=u_down,
             grad_b_gate=b_gate if self.folds else None,
             grad_b_up=b_up if self.folds else None,
@@ -315,30 +361,30 @@ class DecoderLayer:
             out=gate_up,
         )
         del grad_activation
-        self._through_norm(
+        self.through_norm(
             self.gate_up,
             wide,
             t,
-            x2,
-            rstd2,
+            kept.x2,
+            kept.rstd2,
             self.mlp_norm,
             row,
             gradient,
             grad_residual=grad[:, : self.spec.hidden_size],
-            out=out,
+            out=grad[:, : self.spec.hidden_size],
             accumulates=accumulates,
             has_b_gradient=self.folds,
         )
 
-    def _attention_backward(self, grad2: Tensor, saved: Saved, row: RowContext, gradient: Tensor) -> Tensor:
-        """wide ∂x₂ → wide gradient of q, k, v before norm and rotation, written over them."""
+    def _attention_backward(self, stream: Tensor, saved: Saved, row: RowContext, gradient: FlatPart) -> Tensor:
+        """∂x₂ → wide gradient of q, k, v before norm and rotation, written over them."""
         assert saved.attended is not None
         assert saved.qkv is not None
-        attended = saved.attended
+        attended, grad2 = saved.attended, self.output.wide(stream)
         u = self.output.rank_gradient(grad2, saved.t_o, row.flat, gradient)
         self.output.a_gradient(u, attended.output.flatten(1), gradient)
         grad_heads = self.output.input_gradient(grad2, u, row.flat).view(attended.output.shape)
-        q, k, v = self._heads(saved)
+        q, k, v = self.heads(saved)
         grads = attention_backward(
             grad_heads, q, k, v, attended, row.segments, scale=self.spec.attention_scale, window=self.window
         )
@@ -348,13 +394,13 @@ class DecoderLayer:
             products,
             row.cos,
             row.sin,
-            **self._rope_options(),
+            **self.rope_options(),
             out=products,
-            lora=self._qkv_update(saved.t_qkv, row),
+            lora=self.qkv_update(saved.t_qkv, row),
         )
         return saved.qkv
 
-    def _through_norm(
+    def through_norm(
         self,
         linear: AdaptedLinear,
         wide: Tensor,
@@ -363,7 +409,7 @@ class DecoderLayer:
         rstd: Tensor,
         weight: Tensor,
         row: RowContext,
-        gradient: Tensor,
+        gradient: FlatPart,
         *,
         grad_residual: Tensor,
         out: Tensor,
@@ -374,17 +420,17 @@ class DecoderLayer:
         target = None if has_b_gradient else gradient
         u = linear.rank_gradient(wide, t, row.flat, target, accumulates=accumulates)
         grad_h = linear.input_gradient(wide, u, row.flat)
-        self._normed_a_gradient(linear, u, x, rstd, weight, gradient, accumulates=accumulates)
+        self.normed_a_gradient(linear, u, x, rstd, weight, gradient, accumulates=accumulates)
         rms_norm_backward(grad_h, x, weight, rstd, grad_residual=grad_residual, out=out)
 
     @staticmethod
-    def _normed_a_gradient(
+    def normed_a_gradient(
         linear: AdaptedLinear,
         u: Tensor | None,
         x: Tensor,
         rstd: Tensor,
         weight: Tensor,
-        gradient: Tensor,
+        gradient: FlatPart,
         *,
         accumulates: bool = False,
     ) -> None:
@@ -394,26 +440,26 @@ class DecoderLayer:
 
     # Arguments of the folded operations
 
-    def _qkv_update(self, t: Tensor | None, row: RowContext) -> QkvUpdate | None:
+    def qkv_update(self, t: Tensor | None, row: RowContext) -> QkvUpdate | None:
         if not self.folds or t is None:
             return None
         b_q, b_k, b_v = self.qkv.factors(row.flat)
         return QkvUpdate(t, b_q, b_k, b_v, *self.qkv.scales)
 
-    def _gate_up_update(self, t: Tensor | None, row: RowContext) -> GateUpUpdate | None:
+    def gate_up_update(self, t: Tensor | None, row: RowContext) -> GateUpUpdate | None:
         if not self.folds or t is None:
             return None
         b_gate, b_up = self.gate_up.factors(row.flat)
         return GateUpUpdate(t, b_gate, b_up, *self.gate_up.scales)
 
-    def _row_update(self, linear: AdaptedLinear, t: Tensor | None, row: RowContext) -> RowUpdate | None:
+    def row_update(self, linear: AdaptedLinear, t: Tensor | None, row: RowContext) -> RowUpdate | None:
         if not self.folds or t is None:
             return None
         (b,) = linear.factors(row.flat)
         assert b is not None
         return RowUpdate(t, b, linear.scales[0])
 
-    def _rope_options(self) -> RopeOptions:
+    def rope_options(self) -> RopeOptions:
         return {
             "num_heads": self.spec.num_heads,
             "num_kv_heads": self.spec.num_kv_heads,
@@ -431,11 +477,6 @@ class RopeOptions(TypedDict):
     q_weight: Tensor | None
     k_weight: Tensor | None
     epsilon: float
-
-
-def _parts(num_tokens: int) -> Iterator[slice]:
-    for start in range(0, num_tokens, MLP_CHUNK_TOKENS):
-        yield slice(start, min(start + MLP_CHUNK_TOKENS, num_tokens))
 
 
 def _kept(saved: Saved, keep: Keep, *, keeps_attention: bool) -> Saved:

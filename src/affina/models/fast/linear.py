@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from affina.kernels.products import product_into
-from affina.models.fast.parameters import GroupSlice, PairSlice
+from affina.models.fast.parameters import FlatPart, GroupSlice, PairSlice
 from affina.models.fast.policy import PITCH
 from affina.models.fast.weights import FrozenStack, Workspace
 
@@ -67,12 +67,16 @@ class AdaptedLinear:
         columns = self.num_outputs + self.num_extra
         return like.new_empty(num_tokens, -(-columns // PITCH) * PITCH)[:, :columns]
 
+    def wide(self, stream: Tensor) -> Tensor:
+        """[M, N + R] of a buffer whose first N columns are a gradient of the outputs, and which has R more, or more."""
+        return stream[:, : self.num_outputs + self.num_extra]
+
     def forward(
-        self, x: Tensor, flat: Tensor, *, is_wide: bool = False, folds: bool = False
+        self, x: Tensor, flat: FlatPart, *, is_wide: bool = False, folds: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """x [M, K] → (y [M, N], t [M, R] for the backward pass).
 
-        flat:    [P] the parameters
+        flat:    the parameters
         is_wide: y is the first N columns of a buffer for its gradient: [M, N + R] is returned
         folds:   y without s t Bᵀ, which the caller's next operation adds
         """
@@ -89,11 +93,11 @@ class AdaptedLinear:
             y += self.bias
         return wide, t
 
-    def a(self, flat: Tensor) -> Tensor | None:
+    def a(self, flat: FlatPart) -> Tensor | None:
         """A [R, K] of all projections, None where none has an adapter."""
         return None if self.slices is None else self.slices.a(flat)
 
-    def factors(self, flat: Tensor) -> list[Tensor | None]:
+    def factors(self, flat: FlatPart) -> list[Tensor | None]:
         """B [N_i, R_i] of every projection, None where it has no adapter."""
         if self.slices is None:
             return [None] * len(self.outputs)
@@ -107,20 +111,21 @@ class AdaptedLinear:
         return [pair.scale if pair is not None else 1.0 for pair in self.slices.pairs]
 
     def rank_gradient(
-        self, wide: Tensor, t: Tensor | None, flat: Tensor, gradient: Tensor | None, *, accumulates: bool = False
+        self, wide: Tensor, t: Tensor | None, flat: FlatPart, gradient: FlatPart | None, *, accumulates: bool = False
     ) -> Tensor | None:
         """u [M, R], the gradient of t; ∂B goes into `gradient`, or is added to it; None: it is known already.
 
         wide: [M, N + R] with the gradient of y in its first N columns; u is written into the others
+        t:    [M, R], which only ∂B needs
         """
         if self.slices is None:
             return None
-        assert t is not None
-        u = wide[:, self.num_outputs :] if self.num_extra else torch.empty_like(t)
+        u = wide[:, self.num_outputs :] if self.num_extra else wide.new_empty(wide.shape[0], self.slices.total_rank)
         for pair, columns in self._pairs():
             g = wide[:, columns]
             torch.mm(g, pair.b(flat), out=u[:, pair.ranks])
             if gradient is not None:
+                assert t is not None
                 target = pair.b(gradient)
                 product_into(g.t(), t[:, pair.ranks], target, factor=pair.scale, accumulates=accumulates)
             if pair.scale != 1.0:
@@ -131,7 +136,7 @@ class AdaptedLinear:
         self,
         u: Tensor | None,
         x: Tensor,
-        gradient: Tensor,
+        gradient: FlatPart,
         *,
         columns: Tensor | None = None,
         accumulates: bool = False,
@@ -142,24 +147,27 @@ class AdaptedLinear:
         assert u is not None
         product_into(u.t(), x, self.slices.a(gradient), columns=columns, accumulates=accumulates)
 
-    def input_gradient(self, wide: Tensor, u: Tensor | None, flat: Tensor) -> Tensor:
-        """∂x [M, K] from the wide gradient of the outputs and that of t, after `rank_gradient`."""
+    def input_gradient(self, wide: Tensor, u: Tensor | None, flat: FlatPart, *, columns: slice = slice(None)) -> Tensor:
+        """∂x [M, K] from the wide gradient of the outputs and that of t, after `rank_gradient`.
+
+        columns: of x, where not all are wanted
+        """
         if self.slices is None:
-            return self.stack.input_gradient(wide, None)
+            return self.stack.input_gradient(wide, None, columns=columns)
         if self.merges:
-            return wide @ self._merged_weight(flat)
-        return self.stack.input_gradient(wide, self.slices.a(flat), None if self.num_extra else u)
+            return wide @ self._merged_weight(flat)[:, columns]
+        return self.stack.input_gradient(wide, self.slices.a(flat), None if self.num_extra else u, columns=columns)
 
     def _pairs(self) -> list[tuple[PairSlice, slice]]:
         assert self.slices is not None
         both = zip(self.slices.pairs, self.outputs, strict=True)
         return [(pair, columns) for pair, columns in both if pair is not None]
 
-    def _add_update(self, y: Tensor, t: Tensor, flat: Tensor) -> None:
+    def _add_update(self, y: Tensor, t: Tensor, flat: FlatPart) -> None:
         for pair, columns in self._pairs():
             y[:, columns].addmm_(t[:, pair.ranks], pair.b(flat).t(), alpha=pair.scale)
 
-    def _merged_weight(self, flat: Tensor) -> Tensor:
+    def _merged_weight(self, flat: FlatPart) -> Tensor:
         assert self.slices is not None
         weight = self.stack.dense(self.workspace.matrix(*self.stack.shape))
         a = self.slices.a(flat)

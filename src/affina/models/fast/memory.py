@@ -21,6 +21,10 @@ _HOST_SHARE = 0.4
 LONG_DOCUMENT = 2048
 """Tokens of a document from which the attention's output goes to the host rather than being computed twice."""
 
+_SMALLEST_PART = 512
+_PART_MULTIPLE = 128
+_PARTS_OF_A_LONG_ROW = 16
+
 
 def free_bytes(device: torch.device, budget_bytes: int | None) -> int:
     """Bytes that tensors may still take on `device`, the allocator's own unused blocks included.
@@ -46,13 +50,21 @@ def attention_on_host(
     longest: tokens of the row's longest document. Attention grows with its square, the copy with the row; from
     `LONG_DOCUMENT` on it hides behind the layer's products. As many layers as a share of the host's memory holds.
     """
-    if longest < LONG_DOCUMENT or not (device.type == "cuda" or Keep.OFFLOADED in policy.layers):
+    num_offloaded = sum(keep <= Keep.OFFLOADED for keep in policy.layers)
+    if longest < LONG_DOCUMENT or not (device.type == "cuda" or num_offloaded):
         return 0
     num_candidates = sum(keep < Keep.ATTENTION for keep in policy.layers)
-    of_inputs = policy.layers.count(Keep.OFFLOADED) * num_tokens * spec.hidden_size * itemsize
+    of_inputs = num_offloaded * num_tokens * spec.hidden_size * itemsize
     per_layer = num_tokens * (spec.query_size * itemsize + spec.num_heads * 4)
     room = _HOST_SHARE * psutil.virtual_memory().total - of_inputs
     return max(0, min(num_candidates, int(room // per_layer)))
+
+
+def tokens_per_part(num_tokens: int) -> int:
+    """Tokens that a layer in parts computes at once: at least so many that the weights, which are expanded anew for
+    every part, are used well, and for long rows few beside what grows with them."""
+    share = num_tokens // _PARTS_OF_A_LONG_ROW // _PART_MULTIPLE * _PART_MULTIPLE
+    return min(max(share, _SMALLEST_PART), MLP_CHUNK_TOKENS)
 
 
 def working_bytes(decoder: Decoder, row_tokens: int) -> int:
@@ -68,7 +80,7 @@ def working_bytes(decoder: Decoder, row_tokens: int) -> int:
         min(row_tokens, MLP_CHUNK_TOKENS) * 4 * spec.intermediate_size + row_tokens * 4 * spec.hidden_size
     ) * itemsize
     attention = row_tokens * (6 * spec.query_size + 6 * spec.key_value_size + 3 * spec.hidden_size) * itemsize
-    device = decoder.adapter.parameter.device
+    device = decoder.adapter.device
     logits = default_chunk_rows(spec.vocabulary_size, device) * spec.vocabulary_size * (4 + itemsize)
     head = logits + 4 * row_tokens * spec.hidden_size * itemsize
     adapter = decoder.adapter.parameter.numel() * (3 * 4 + itemsize)

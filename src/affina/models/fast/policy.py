@@ -28,17 +28,20 @@ PITCH = 64
 class Keep(IntEnum):
     """How much a layer keeps, from least memory to least work."""
 
-    OFFLOADED = 0
+    PARTS = 0
+    """As OFFLOADED; and the layer is computed part by part, its queries, keys and values twice (parts.py). Only for all
+    layers together: what this saves is not kept memory but that of the layer at work."""
+    OFFLOADED = 1
     """x, in pinned host memory. All of the layer is recomputed."""
-    INPUT = 1
+    INPUT = 2
     """x. All of the layer but its last product is recomputed."""
-    ATTENTION = 2
+    ATTENTION = 3
     """x, x₂, o: attention is never recomputed; q, k, v and gate, up are."""
-    PROJECTIONS = 3
+    PROJECTIONS = 4
     """x, x₂, o, qkv: gate and up are recomputed."""
-    PRODUCTS = 4
+    PRODUCTS = 5
     """Every product's result: only norms, rotation and the activation are recomputed."""
-    ALL = 5
+    ALL = 6
     """The rotated queries and keys too: only norms and the activation are recomputed."""
 
 
@@ -97,7 +100,7 @@ class SavePolicy:
     def leaner(self) -> SavePolicy | None:
         """The next policy with less memory: every layer at the richest level goes one down. None: nothing is left."""
         richest = max(self.layers)
-        if richest == Keep.OFFLOADED:
+        if richest == Keep.PARTS:
             return None
         return SavePolicy(tuple(Keep(keep - 1) if keep == richest else keep for keep in self.layers))
 
@@ -125,7 +128,7 @@ def choose_policy(
     Adjacent levels are mixed: as many layers as fit are at the higher one, the last layers first, because they are the
     first whose memory the backward pass frees.
     """
-    leanest = Keep.OFFLOADED if may_offload else Keep.INPUT
+    leanest = Keep.PARTS if may_offload else Keep.INPUT
     costs = {keep: kept_bytes_per_token(spec, keep, itemsize=itemsize, ranks=ranks) * num_tokens for keep in Keep}
     for keep in sorted(Keep, reverse=True):
         if keep <= leanest:

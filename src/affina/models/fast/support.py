@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
@@ -91,9 +89,8 @@ def _unsupported_isolation(model: PeftModel) -> Unsupported | None:
 def _unsupported_head(model: PeftModel) -> Unsupported | None:
     head = verified_head(model)
     if head is None:
-        return Unsupported("the head is not a plain dense linear layer")
-    tensors: Sequence[Tensor | None] = (head.weight, head.bias)
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return Unsupported("the head is not a plain linear layer")
+    if any(isinstance(part, Tensor) and part.requires_grad for part in (head.weight, head.bias)):
         return Unsupported("the head is trained")
     return None
 

@@ -41,8 +41,11 @@ class FrozenStack(Protocol):
         """[M, in] → [M, Σ out]; the row stride of `out` may be larger."""
         ...
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
-        """[M, Σ out + R] → [M, in]. a: [R, in], or None without an adapter; u: [M, R] where `num_extra` is 0."""
+    def input_gradient(
+        self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None, *, columns: slice = slice(None)
+    ) -> Tensor:
+        """[M, Σ out + R] → [M, in], or some columns of it. a: [R, in], or None without an adapter; u: [M, R] where
+        `num_extra` is 0."""
         ...
 
     def dense(self, out: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class FrozenStack(Protocol):
 
 
 class Workspace:
-    """Memory for one expanded weight at a time, shared by all layers: as large as the largest stack.
+    """Memory for one expanded weight at a time, shared by all layers: as large as the largest stack, or layer of one.
 
     Products that read it are queued before the next expansion on the same stream, so nothing is overwritten early.
     """
@@ -87,46 +90,78 @@ class DenseStack:
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.mm(x, self._weight.t(), out=out)
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+    def input_gradient(
+        self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None, *, columns: slice = slice(None)
+    ) -> Tensor:
         assert u is None, "u lies beside the gradient"
         if a is None:
-            return grad_output @ self._weight
+            return grad_output @ self._weight[:, columns]
         self._buffer[self.shape[0] :].copy_(a)
-        return grad_output @ self._buffer
+        return grad_output @ self._buffer[:, columns]
 
     def dense(self, out: Tensor) -> Tensor:
         return out.copy_(self._weight)
 
 
 class ExpandedStack:
-    """Quantised weights of any format, expanded into the workspace before each product."""
+    """Quantised weights of any format, expanded into the workspace before each product.
 
-    def __init__(self, layers: Sequence[QuantizedLinear], num_extra: int, workspace: Workspace) -> None:
+    splits: expand one layer after the other, so that the workspace need only hold the largest. Their shares of the
+            input gradient are then added up in the type of the computation.
+    """
+
+    def __init__(
+        self, layers: Sequence[QuantizedLinear], num_extra: int, workspace: Workspace, *, splits: bool = False
+    ) -> None:
         self.num_extra = num_extra
         self._layers = tuple(layers)
         self._rows = [layer.out_features for layer in layers]
         self._workspace = workspace
-        workspace.reserve((sum(self._rows) + num_extra) * layers[0].in_features)
+        self._splits = splits and len(layers) > 1
+        at_once = max(*self._rows[:-1], self._rows[-1] + num_extra) if self._splits else sum(self._rows) + num_extra
+        workspace.reserve(at_once * layers[0].in_features)
 
     @property
     def shape(self) -> tuple[int, int]:
         return sum(self._rows), self._layers[0].in_features
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return torch.mm(x, self.dense(self._workspace.matrix(*self.shape)).t(), out=out)
+        if not self._splits:
+            return torch.mm(x, self._expand(self._layers).t(), out=out)
+        product = x.new_empty(x.shape[0], self.shape[0]) if out is None else out
+        for layer, part in zip(self._layers, torch.split(product, self._rows, dim=1), strict=True):
+            torch.mm(x, self._expand([layer]).t(), out=part)
+        return product
 
-    def input_gradient(self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None) -> Tensor:
+    def input_gradient(
+        self, grad_output: Tensor, a: Tensor | None, u: Tensor | None = None, *, columns: slice = slice(None)
+    ) -> Tensor:
         assert u is None, "u lies beside the gradient"
-        rows, columns = self.shape
-        if a is None:
-            return grad_output @ self.dense(self._workspace.matrix(rows, columns))
-        weight = self._workspace.matrix(rows + a.shape[0], columns)
-        self.dense(weight[:rows])
-        weight[rows:].copy_(a)
-        return grad_output @ weight
+        if not self._splits:
+            return grad_output @ self._expand(self._layers, a)[:, columns]
+        parts = torch.split(grad_output, [*self._rows[:-1], grad_output.shape[1] - sum(self._rows[:-1])], dim=1)
+        gradient = parts[0] @ self._expand(self._layers[:1])[:, columns]
+        for index in range(1, len(parts)):
+            below = a if index == len(parts) - 1 else None
+            gradient.addmm_(parts[index], self._expand(self._layers[index : index + 1], below)[:, columns])
+        return gradient
 
     def dense(self, out: Tensor) -> Tensor:
-        for layer, part in zip(self._layers, torch.split(out, self._rows), strict=True):
+        return self._write(self._layers, out)
+
+    def _expand(self, layers: Sequence[QuantizedLinear], below: Tensor | None = None) -> Tensor:
+        """The weights of `layers` and the rows of `below`, one under the other, in the workspace."""
+        rows = sum(layer.out_features for layer in layers)
+        extra = below.shape[0] if below is not None else 0
+        weight = self._workspace.matrix(rows + extra, self.shape[1])
+        self._write(layers, weight[:rows])
+        if below is not None:
+            weight[rows:].copy_(below)
+        return weight
+
+    @staticmethod
+    def _write(layers: Sequence[QuantizedLinear], out: Tensor) -> Tensor:
+        for layer, part in zip(layers, torch.split(out, [layer.out_features for layer in layers]), strict=True):
             if layer.keeps_dense_weight:
                 part.copy_(layer.dense_weight(out.dtype))
             else:
@@ -134,12 +169,18 @@ class ExpandedStack:
         return out
 
 
-def build_stack(layers: Sequence[nn.Module], num_extra: int, workspace: Workspace) -> FrozenStack | None:
-    """The stack of `layers` in their common format, or None when they have none that is known here."""
+def build_stack(
+    layers: Sequence[nn.Module], num_extra: int, workspace: Workspace, *, splits: bool = False
+) -> FrozenStack | None:
+    """The stack of `layers` in their common format, or None when they have none that is known here.
+
+    splits: see `ExpandedStack`
+    """
     if all(isinstance(layer, Fp8Linear) for layer in layers) and can_multiply_fp8(layers[0]):
         return Fp8Stack([layer for layer in layers if isinstance(layer, Fp8Linear)])
     if all(isinstance(layer, QuantizedLinear) for layer in layers):
-        return ExpandedStack([layer for layer in layers if isinstance(layer, QuantizedLinear)], num_extra, workspace)
+        quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+        return ExpandedStack(quantized, num_extra, workspace, splits=splits)
     if all(type(layer) is nn.Linear for layer in layers):
         return DenseStack([layer for layer in layers if isinstance(layer, nn.Linear)], num_extra)
     return None

@@ -12,6 +12,16 @@ from affina.models.weights.quantized import (
     quantize_linears,
     quantized_layers,
 )
+from affina.models.weights.vocabulary import (
+    Int8Embedding,
+    Int8Head,
+    Vocabulary,
+    fingerprint_rows,
+    place_embedding,
+    place_head,
+    quantize_vocabulary,
+    vocabulary_of,
+)
 
 FORMATS: tuple[WeightFormat, ...] = (NF4, FP8, INT8, DENSE)
 """All formats, the more special ones first: a format claims a layer with `owns`."""
@@ -30,16 +40,24 @@ __all__ = [
     "NF4",
     "Fp8Linear",
     "Fp8Options",
+    "Int8Embedding",
+    "Int8Head",
     "Int8Linear",
     "Int8Options",
     "Nf4Linear",
     "Nf4Options",
     "QuantizedLinear",
+    "Vocabulary",
     "WeightFormat",
     "WeightFormatOptions",
     "cache_dequantized",
+    "fingerprint_rows",
     "format_of",
     "linear_layers",
+    "place_embedding",
+    "place_head",
     "quantize_linears",
+    "quantize_vocabulary",
     "quantized_layers",
+    "vocabulary_of",
 ]

@@ -129,17 +129,25 @@ class QuantizedLinear(nn.Linear):
         self._dense_weight = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(bfloat16), .half() cast every floating tensor; scales or 8-bit floats in another type would change the
-        # weight, or its size, silently.
-        exact = {id(getattr(self, name)) for name in self.EXACT}
-
-        def moved(tensor: Tensor) -> Tensor:
-            after = fn(tensor)
-            return tensor.to(after.device) if id(tensor) in exact and after.dtype != tensor.dtype else after
-
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        exact = [getattr(self, name) for name in self.EXACT]
+        super()._apply(keeping_types(fn, exact), recurse)  # type: ignore[no-untyped-call]
         self._dense_weight = None
         return self
+
+
+def keeping_types(fn: Callable[[Tensor], Tensor], exact: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` does to its tensors, but for the types of those in `exact`.
+
+    `.to(bfloat16)` and `.half()` cast every floating tensor; scales or 8-bit floats in another type would change the
+    weight, or its size, silently.
+    """
+    kept = {id(tensor) for tensor in exact}
+
+    def moved(tensor: Tensor) -> Tensor:
+        after = fn(tensor)
+        return tensor.to(after.device) if id(tensor) in kept and after.dtype != tensor.dtype else after
+
+    return moved
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -20,7 +20,7 @@ from affina.errors import ModelError
 from affina.models.weights.quantized import QuantizedLinear
 
 _CHUNK_ELEMENTS_CPU = 1 << 20
-_CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
+_CHUNK_ELEMENTS_ACCELERATOR = 1 << 24
 
 QuantizeRows = Callable[..., tuple[Tensor, Tensor]]
 """As `affina.kernels.fp8.quantize_rows`: (x, *, out, scale_out) → (codes, scale)."""
@@ -37,6 +37,26 @@ class RowScaledWeight:
     @property
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def rows_into(self, start: int, out: Tensor) -> Tensor:
+        """The dense rows from `start` on, as many as `out` [rows, in] has, written into it; returns `out`."""
+        part = slice(start, start + out.shape[0])
+        return RowScaledWeight(self.codes[part], self.scale[part], self.dtype).dequantize_into(out)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """[…, in] the dense rows at `indices` (int64, any shape), and no others."""
+        flat = indices.reshape(-1)
+        chosen = RowScaledWeight(self.codes.index_select(0, flat), self.scale.index_select(0, flat), self.dtype)
+        return chosen.dequantize(dtype).view(*indices.shape, self.codes.shape[1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out, in] the dense weight in `dtype` (default: the type it was quantised from)."""
@@ -98,21 +118,32 @@ class RowScaledLinear(QuantizedLinear):
         return f"{sizes}, {_named(self.CODES)}, one scale per row"
 
 
-def quantize_weight(weight: Tensor, quantize_rows: QuantizeRows, codes_dtype: torch.dtype) -> RowScaledWeight:
+def quantize_weight(
+    weight: Tensor,
+    quantize_rows: QuantizeRows,
+    codes_dtype: torch.dtype,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> RowScaledWeight:
     """`weight` [out, in] with one scale per row, some rows at a time: `quantize_rows` makes float32 copies.
+
+    dtype:  to which the weight is rounded first; default: its own
+    device: of the result; the rows are moved there as they are quantised, so that the dense weight never is
 
     Raises ModelError[weights-not-finite].
     """
     assert weight.dtype in (torch.bfloat16, torch.float16, torch.float32), f"cannot quantise {weight.dtype}"
     dense = weight.detach()
+    dtype, device = dtype or dense.dtype, device or dense.device
     rows, columns = dense.shape
-    codes = torch.empty(rows, columns, dtype=codes_dtype, device=dense.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=dense.device)
-    elements = _CHUNK_ELEMENTS_CPU if dense.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+    codes = torch.empty(rows, columns, dtype=codes_dtype, device=device)
+    scale = torch.empty(rows, dtype=torch.float32, device=device)
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
     step = max(1, elements // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        quantize_rows(dense[part].contiguous(), out=codes[part], scale_out=scale[part])
+        quantize_rows(dense[part].to(device).to(dtype).contiguous(), out=codes[part], scale_out=scale[part])
     if not bool(torch.isfinite(scale).all()):
         raise ModelError(
             "weights-not-finite",
@@ -120,7 +151,7 @@ def quantize_weight(weight: Tensor, quantize_rows: QuantizeRows, codes_dtype: to
             why="a row of weights with such a number cannot be scaled",
             fix="the checkpoint is damaged: download or export it again",
         )
-    return RowScaledWeight(codes, scale, weight.dtype)
+    return RowScaledWeight(codes, scale, dtype)
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -1,0 +1,207 @@
+"""A decoder layer in the least memory: whatever no other token sees is computed part by part.
+
+Of a layer only attention looks across tokens. All else (norms, projections, rotation, the MLP, and their gradients) is
+computed for `RowContext.part_tokens` tokens at once, so that its memory does not grow with the row. What grows, in
+bytes per token of Qwen3-4B in 16 bits:
+
+    forward     x 5,120; q, k, v rotated 12,288; o 8,192 + log-sum-exp 128; then x₂ and the MLP's update instead of
+                q, k, v; the layer before's x, on its way to the host, 5,120
+    backward    ∂stream 5,248, x, q, k, v, o while the MLP's gradient is made; then, for attention's gradient, some
+                heads at a time: their gradients of o, q, k, v and copies of their o, written back over q, k, v
+
+The products of q, k, v are made a second time at the end of the backward pass (the norm's gradient needs what was
+before it); between, only the rotated heads are there. That is 5% more arithmetic than `DecoderLayer.backward` on an
+input, for less than half of its memory: `memory.py` has the sums, and a test measures them.
+
+Same legend and same functions as layer.py; results differ from its by the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from affina.kernels.attention import AttentionResult, attention, attention_backward
+from affina.kernels.qk_rope import qk_rope, qk_rope_backward
+from affina.kernels.rms_norm import add_rms_norm, rms_norm
+from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
+from affina.models.fast.parameters import FlatPart
+
+MAX_HEAD_GROUPS = 4
+"""Into so many groups the heads are divided for attention's gradient: more would save another 2 KiB per token of
+Qwen3-4B, and leave a large card idle on rows of a few thousand tokens."""
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Rotated q [T, H, K], k [T, G, K] and v [T, G, K]."""
+
+
+def num_head_groups(num_kv_heads: int) -> int:
+    """The most groups of equal size, up to `MAX_HEAD_GROUPS`."""
+    return max(count for count in range(1, MAX_HEAD_GROUPS + 1) if num_kv_heads % count == 0)
+
+
+def forward(layer: DecoderLayer, before: Pending, row: RowContext) -> tuple[Pending, Saved]:
+    """x → (x₃, x and t of the down projection). The update of `before` is used up."""
+    saved, h = layer.normed_input(before)
+    before.settle(saved.x)
+    heads = _rotated(layer, h, row)
+    del h
+    attended = attention(*heads, row.segments, scale=layer.spec.attention_scale, window=layer.window)
+    del heads
+    x2, update = torch.empty_like(saved.x), torch.empty_like(saved.x)
+    ts = []
+    for part in row.parts():
+        _, h, _, _ = _attention_added(layer, saved.x[part], attended, part, row, out=x2[part])
+        update[part], _, _, t = layer.mlp(h, row)
+        ts.append(t)
+    t_down = torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
+    return Pending(x2, update, layer.row_update(layer.down, t_down, row)), Saved(saved.x, t_down=t_down)
+
+
+def backward(
+    layer: DecoderLayer,
+    stream: Tensor,
+    saved: Saved,
+    row: RowContext,
+    gradient: FlatPart,
+    *,
+    is_first: bool,
+    before_tail: Callable[[], None],
+) -> None:
+    """∂x₃ → ∂x, written over it, as `DecoderLayer.backward`.
+
+    before_tail: called when the layer's largest moment is over and the next input may be fetched
+    """
+    x = saved.x
+    h, _ = rms_norm(x, layer.input_norm, layer.spec.norm_epsilon)
+    heads = _rotated(layer, h, row)
+    del h
+    attended = attention(*heads, row.segments, scale=layer.spec.attention_scale, window=layer.window)
+    for part in row.parts():
+        _mlp_backward(layer, stream[part], saved, attended, part, row, gradient)
+    _attention_backward(layer, stream, heads, attended, row)
+    del attended
+    before_tail()
+    for part in row.parts():
+        _projection_backward(layer, stream[part], x[part], heads, part, row, gradient, is_first=is_first)
+
+
+def _rotated(layer: DecoderLayer, h: Tensor, row: RowContext) -> Heads:
+    """h₁ → q, k, v, norm and rotation done."""
+    spec = layer.spec
+    q = h.new_empty(h.shape[0], spec.num_heads, spec.head_dim)
+    k, v = (h.new_empty(h.shape[0], spec.num_kv_heads, spec.head_dim) for _ in range(2))
+    for part in row.parts():
+        qkv, t = layer.qkv.forward(h[part], row.flat, is_wide=True, folds=layer.folds)
+        products = qkv[:, : layer.qkv.num_outputs]
+        cos, sin, update = row.cos[part], row.sin[part], layer.qkv_update(t, row)
+        if update is None:
+            q[part], k[part] = qk_rope(products, cos, sin, **layer.rope_options())
+            v[part] = products[:, spec.query_size + spec.key_value_size :].view(v[part].shape)
+        else:
+            q[part], k[part], v[part] = qk_rope(products, cos, sin, **layer.rope_options(), lora=update)
+    return q, k, v
+
+
+def _attention_added(
+    layer: DecoderLayer,
+    x: Tensor,
+    attended: AttentionResult,
+    part: slice,
+    row: RowContext,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x and o of some tokens → (x₂, its norm h₂, the norm's factors, t of the output projection)"""
+    update, t = layer.output.forward(attended.output[part].flatten(1), row.flat, folds=layer.folds)
+    lora = layer.row_update(layer.output, t, row)
+    epsilon = layer.spec.norm_epsilon
+    x2, h, rstd = add_rms_norm(
+        x, update, layer.mlp_norm, epsilon, sum_out=out if out is not None else update, lora=lora
+    )
+    return x2, h, rstd, t
+
+
+def _mlp_backward(
+    layer: DecoderLayer,
+    stream: Tensor,
+    saved: Saved,
+    attended: AttentionResult,
+    part: slice,
+    row: RowContext,
+    gradient: FlatPart,
+) -> None:
+    """∂x₃ of some tokens → ∂x₂ in its place, with u of the output projection beside it."""
+    accumulates = part.start > 0
+    x2, h, rstd2, t_o = _attention_added(layer, saved.x[part], attended, part, row)
+    t_down = saved.t_down[part] if saved.t_down is not None else None
+    again = layer.mlp_again(x2, h, rstd2, t_down, row)
+    del x2, h
+    layer.mlp_backward(stream, again, row, gradient, accumulates=accumulates)
+    output = layer.output
+    u = output.rank_gradient(output.wide(stream), t_o, row.flat, gradient, accumulates=accumulates)
+    output.a_gradient(u, attended.output[part].flatten(1), gradient, accumulates=accumulates)
+
+
+def _attention_backward(
+    layer: DecoderLayer, stream: Tensor, heads: Heads, attended: AttentionResult, row: RowContext
+) -> None:
+    """∂x₂ → gradients of the rotated q, k, v, written over them, group by group."""
+    spec, output = layer.spec, layer.output
+    wide = output.wide(stream)
+    # Beside the stream already, but for formats without room for it.
+    u = None if output.num_extra or output.merges else output.rank_gradient(wide, None, row.flat, None)
+    count = num_head_groups(spec.num_kv_heads)
+    num_queries, num_keys = spec.num_heads // count, spec.num_kv_heads // count
+    for group in range(count):
+        of_queries = slice(group * num_queries, (group + 1) * num_queries)
+        of_keys = slice(group * num_keys, (group + 1) * num_keys)
+        columns = slice(of_queries.start * spec.head_dim, of_queries.stop * spec.head_dim)
+        q, k, v = heads[0][:, of_queries], heads[1][:, of_keys], heads[2][:, of_keys]
+        grad_heads = output.input_gradient(wide, u, row.flat, columns=columns).view(q.shape)
+        gradients = attention_backward(
+            grad_heads,
+            q,
+            k,
+            v,
+            attended.of_heads(of_queries),
+            row.segments,
+            scale=spec.attention_scale,
+            window=layer.window,
+        )
+        del grad_heads
+        for target, source in zip((q, k, v), gradients, strict=True):
+            target.copy_(source)
+
+
+def _projection_backward(
+    layer: DecoderLayer,
+    stream: Tensor,
+    x: Tensor,
+    gradients: Heads,
+    part: slice,
+    row: RowContext,
+    gradient: FlatPart,
+    *,
+    is_first: bool,
+) -> None:
+    """Gradients of the rotated q, k, v of some tokens and ∂x₂ → ∂x, in its place."""
+    h, rstd = rms_norm(x, layer.input_norm, layer.spec.norm_epsilon)
+    qkv, t = layer.qkv.forward(h, row.flat, is_wide=True, folds=layer.folds)
+    del h
+    products = qkv[:, : layer.qkv.num_outputs]
+    grad_q, grad_k, grad_v = (own[part] for own in gradients)
+    qk_rope_backward(
+        grad_q,
+        grad_k,
+        grad_v,
+        products,
+        row.cos[part],
+        row.sin[part],
+        **layer.rope_options(),
+        out=products,
+        lora=layer.qkv_update(t, row),
+    )
+    layer.input_backward(qkv, t, x, rstd, stream, row, gradient, is_first=is_first, accumulates=part.start > 0)
