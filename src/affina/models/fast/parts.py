@@ -159,21 +159,21 @@ def _attention_backward(
         of_queries = slice(group * num_queries, (group + 1) * num_queries)
         of_keys = slice(group * num_keys, (group + 1) * num_keys)
         columns = slice(of_queries.start * spec.head_dim, of_queries.stop * spec.head_dim)
-        q, k, v = heads[0][:, of_queries], heads[1][:, of_keys], heads[2][:, of_keys]
-        grad_heads = output.input_gradient(wide, u, row.flat, columns=columns).view(q.shape)
-        gradients = attention_backward(
-            grad_heads,
-            q,
-            k,
-            v,
-            attended.of_heads(of_queries),
-            row.segments,
-            scale=spec.attention_scale,
-            window=layer.window,
-        )
+        own = (heads[0][:, of_queries], heads[1][:, of_keys], heads[2][:, of_keys])
+        grad_heads = output.input_gradient(wide, u, row.flat, columns=columns).view(own[0].shape)
+        _group_backward(layer, grad_heads, own, attended.of_heads(of_queries), row)
         del grad_heads
-        for target, source in zip((q, k, v), gradients, strict=True):
-            target.copy_(source)
+
+
+def _group_backward(
+    layer: DecoderLayer, grad_heads: Tensor, heads: Heads, attended: AttentionResult, row: RowContext
+) -> None:
+    """∂o of some heads → gradients of their q, k, v, written over them."""
+    gradients = attention_backward(
+        grad_heads, *heads, attended, row.segments, scale=layer.spec.attention_scale, window=layer.window
+    )
+    for target, source in zip(heads, gradients, strict=True):
+        target.copy_(source)
 
 
 def _projection_backward(
