@@ -74,12 +74,12 @@ class Decoder:
         return x, saved
 
     def _layer_forward(
-        self, index: int, x: Pending, row: RowContext, keep: Keep | None
+        self, index: int, x: Pending, row: RowContext, keep: Keep | None, *, keeps_attention: bool
     ) -> tuple[Pending, Saved | None]:
         own = replace(row, flat=self.adapter.layer(index, row.flat))
         if not row.in_parts:
-            return self.layers[index].forward(x, own, keep)
-        after, kept = parts.forward(self.layers[index], x, own)
+            return self.layers[index].forward(x, own, keep, keeps_attention=keeps_attention)
+        after, kept = parts.forward(self.layers[index], x, own, keeps_attention=keeps_attention)
         return after, None if keep is None else kept
 
     def new_stream(self, num_tokens: int, like: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def num_head_groups(num_kv_heads: int) -> int:
     return max(count for count in range(1, MAX_HEAD_GROUPS + 1) if num_kv_heads % count == 0)
 
 
-def forward(layer: DecoderLayer, before: Pending, row: RowContext) -> tuple[Pending, Saved]:
-    """x → (x₃, x and t of the down projection). The update of `before` is used up."""
+def forward(layer: DecoderLayer, before: Pending, row: RowContext, *, keeps_attention: bool) -> tuple[Pending, Saved]:
+    """x → (x₃, x, t of the down projection and, if wanted, what attention keeps). The update of `before` is used up."""
     saved, h = layer.normed_input(before)
     before.settle(saved.x)
     heads = _rotated(layer, h, row)
@@ -57,7 +57,8 @@ def forward(layer: DecoderLayer, before: Pending, row: RowContext) -> tuple[Pend
         update[part], _, _, t = layer.mlp(h, row)
         ts.append(t)
     t_down = torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
-    return Pending(x2, update, layer.row_update(layer.down, t_down, row)), Saved(saved.x, t_down=t_down)
+    kept = Saved(saved.x, t_down=t_down, attended=attended if keeps_attention else None)
+    return Pending(x2, update, layer.row_update(layer.down, t_down, row)), kept
 
 
 def backward(
@@ -78,11 +79,13 @@ def backward(
     h, _ = rms_norm(x, layer.input_norm, layer.spec.norm_epsilon)
     heads = _rotated(layer, h, row)
     del h
-    attended = attention(*heads, row.segments, scale=layer.spec.attention_scale, window=layer.window)
+    attended = saved.attended
+    if attended is None:
+        attended = attention(*heads, row.segments, scale=layer.spec.attention_scale, window=layer.window)
     for part in row.parts():
         _mlp_backward(layer, stream[part], saved, attended, part, row, gradient)
     _attention_backward(layer, stream, heads, attended, row)
-    del attended
+    saved.attended = attended = None
     before_tail()
     for part in row.parts():
         _projection_backward(layer, stream[part], x[part], heads, part, row, gradient, is_first=is_first)
