@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_gradient
@@ -153,12 +152,8 @@ class Decoder:
 
         factor: [] float32, the gradient of the loss; it may lie outside float16's range although the product does not.
         """
-        gradient = tape.gradient
-        factor = factor * self.adapter.root_scale
-        if gradient.dtype == torch.float32:
-            gradient *= factor
-        else:
-            gradient.copy_(gradient.float() * factor)
+        # One number in a tensor of a dimension: PyTorch then multiplies in float32, and rounds the product.
+        gradient = tape.gradient.mul_((factor * self.adapter.root_scale).reshape(1))
         of_rows = rms_norm_backward(gradient, tape.rows, self.final_norm, tape.rstd, grad_residual=None, out=gradient)
         stream = self.new_stream(tape.num_tokens, of_rows)
         stream[:, : self.spec.hidden_size].zero_().index_copy_(0, tape.positions, of_rows)

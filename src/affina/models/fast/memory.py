@@ -51,7 +51,9 @@ def attention_on_host(
     `LONG_DOCUMENT` on it hides behind the layer's products. As many layers as a share of the host's memory holds.
     """
     num_offloaded = sum(keep <= Keep.OFFLOADED for keep in policy.layers)
-    if longest < LONG_DOCUMENT or not (device.type == "cuda" or num_offloaded):
+    # In parts, an output on its way is most of what a layer holds beside its own.
+    shortest = 2 * LONG_DOCUMENT if Keep.PARTS in policy.layers else LONG_DOCUMENT
+    if longest < shortest or not (device.type == "cuda" or num_offloaded):
         return 0
     num_candidates = sum(keep < Keep.ATTENTION for keep in policy.layers)
     of_inputs = num_offloaded * num_tokens * spec.hidden_size * itemsize

@@ -4,14 +4,14 @@ Of a layer only attention looks across tokens. All else (norms, projections, rot
 computed for `RowContext.part_tokens` tokens at once, so that its memory does not grow with the row. What grows, in
 bytes per token of Qwen3-4B in 16 bits:
 
-    forward     x 5,120; q, k, v rotated 12,288; o 8,192 + log-sum-exp 128; then x₂ and the MLP's update instead of
-                q, k, v; the layer before's x, on its way to the host, 5,120
+    forward     x 5,120; q, k, v rotated 12,288; o 8,192 + log-sum-exp 128; then x₃ instead of q, k, v; what the layer
+                before sends to the host, its x and for long documents its o
     backward    ∂stream 5,248, x, q, k, v, o while the MLP's gradient is made; then, for attention's gradient, some
                 heads at a time: their gradients of o, q, k, v and copies of their o, written back over q, k, v
 
 The products of q, k, v are made a second time at the end of the backward pass (the norm's gradient needs what was
 before it); between, only the rotated heads are there. That is 5% more arithmetic than `DecoderLayer.backward` on an
-input, for less than half of its memory: `memory.py` has the sums, and a test measures them.
+input, for two thirds of its memory: `footprint.py` has the sums, and a test measures them.
 
 Same legend and same functions as layer.py; results differ from its by the order of sums.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from affina.kernels.attention import AttentionResult, attention, attention_backward
 from affina.kernels.qk_rope import qk_rope, qk_rope_backward
-from affina.kernels.rms_norm import add_rms_norm, rms_norm
+from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm
 from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
 from affina.models.fast.parameters import FlatPart
 
@@ -43,22 +43,22 @@ def num_head_groups(num_kv_heads: int) -> int:
 
 
 def forward(layer: DecoderLayer, before: Pending, row: RowContext, *, keeps_attention: bool) -> tuple[Pending, Saved]:
-    """x → (x₃, x, t of the down projection and, if wanted, what attention keeps). The update of `before` is used up."""
+    """x → (x₃, its last sum made; x, t of the down projection and, if wanted, what attention keeps)"""
     saved, h = layer.normed_input(before)
     before.settle(saved.x)
     heads = _rotated(layer, h, row)
     del h
     attended = attention(*heads, row.segments, scale=layer.spec.attention_scale, window=layer.window)
     del heads
-    x2, update = torch.empty_like(saved.x), torch.empty_like(saved.x)
+    x3 = torch.empty_like(saved.x)
     ts = []
     for part in row.parts():
-        _, h, _, _ = _attention_added(layer, saved.x[part], attended, part, row, out=x2[part])
-        update[part], _, _, t = layer.mlp(h, row)
+        x2, h, _, _ = _attention_added(layer, saved.x[part], attended, part, row)
+        update, _, _, t = layer.mlp(h, row)
+        add_rows(x2, update, lora=layer.row_update(layer.down, t, row), out=x3[part])
         ts.append(t)
     t_down = torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
-    kept = Saved(saved.x, t_down=t_down, attended=attended if keeps_attention else None)
-    return Pending(x2, update, layer.row_update(layer.down, t_down, row)), kept
+    return Pending(x3), Saved(saved.x, t_down=t_down, attended=attended if keeps_attention else None)
 
 
 def backward(
@@ -109,21 +109,13 @@ def _rotated(layer: DecoderLayer, h: Tensor, row: RowContext) -> Heads:
 
 
 def _attention_added(
-    layer: DecoderLayer,
-    x: Tensor,
-    attended: AttentionResult,
-    part: slice,
-    row: RowContext,
-    *,
-    out: Tensor | None = None,
+    layer: DecoderLayer, x: Tensor, attended: AttentionResult, part: slice, row: RowContext
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x and o of some tokens → (x₂, its norm h₂, the norm's factors, t of the output projection)"""
     update, t = layer.output.forward(attended.output[part].flatten(1), row.flat, folds=layer.folds)
     lora = layer.row_update(layer.output, t, row)
     epsilon = layer.spec.norm_epsilon
-    x2, h, rstd = add_rms_norm(
-        x, update, layer.mlp_norm, epsilon, sum_out=out if out is not None else update, lora=lora
-    )
+    x2, h, rstd = add_rms_norm(x, update, layer.mlp_norm, epsilon, sum_out=update, lora=lora)
     return x2, h, rstd, t
 
 

@@ -67,16 +67,16 @@ def kept_bytes_per_token(spec: DecoderSpec, keep: Keep, *, itemsize: int, ranks:
     if keep >= Keep.ATTENTION:
         values += spec.hidden_size + spec.query_size + ranks.total - ranks.down
     if keep >= Keep.PROJECTIONS:
-        values += _pitch(spec.query_size + 2 * spec.key_value_size + ranks.qkv)
+        values += padded(spec.query_size + 2 * spec.key_value_size + ranks.qkv)
     if keep >= Keep.PRODUCTS:
-        values += _pitch(2 * spec.intermediate_size + ranks.gate_up)
+        values += padded(2 * spec.intermediate_size + ranks.gate_up)
     if keep >= Keep.ALL:
         values += spec.query_size + 2 * spec.key_value_size
     scalars = spec.num_heads + 2 if keep >= Keep.ATTENTION else 0  # log-sum-exp, and the norms' factors
     return values * itemsize + scalars * 4
 
 
-def _pitch(columns: int) -> int:
+def padded(columns: int) -> int:
     """Columns of a wide buffer, as linear.py allocates it."""
     return -(-columns // PITCH) * PITCH
 
