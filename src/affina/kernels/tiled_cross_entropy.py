@@ -9,7 +9,7 @@ maximum m and a running sum r over the tiles seen so far:
     m' = max(m, max_j z_j)        r' = r · exp(m − m') + Σ_j exp(z_j − m')        j in the tile
 
 so that in the end logsumexp(z) = m + log r, and z_y is picked from the one tile that has it. Then, since
-softmax(z)_j = exp(z_j − logsumexp(z)) needs no other tile,
+softmax(z)_j = exp(z_j − m) / r needs no other tile,
 
     ∂loss/∂h = Σ_tiles s · W_tileᵀ [ (softmax(z) − e_y) ∘ ∂z/∂u ]_tile
 
@@ -54,8 +54,8 @@ def workspace_bytes(shape: tuple[int, int], itemsize: int) -> int:
     """Bytes of the workspace for a head of `shape` (V, D): the most that a call allocates besides what it returns."""
     entries = tile_rows(shape, itemsize)
     tile = entries * shape[1] * itemsize
-    # Float32 logits, their gradient rounded to the type of the product, and where the targets are.
-    logits = CHUNK_ROWS * entries * (4 + (itemsize if itemsize < 4 else 0) + 1)
+    # Float32 logits, and beside them where the targets are or the gradient rounded to the type of the product.
+    logits = CHUNK_ROWS * entries * (4 + (itemsize if itemsize < 4 else 1))
     return tile + logits + 2 * CHUNK_ROWS * shape[1] * 4
 
 
@@ -89,9 +89,9 @@ def tiled_cross_entropy(
     for start in range(0, hidden.shape[0], step):
         part = slice(start, min(start + step, hidden.shape[0]))
         chunk = _Chunk(hidden[part], targets[part], bias, softcap, logit_scale)
-        normaliser = chunk.log_sum_exp(weight, buffer, losses[part])
+        largest, total = chunk.normalisers(weight, buffer, losses[part])
         if gradient is not None:
-            gradient[part] = chunk.gradient(weight, buffer, normaliser)
+            gradient[part] = chunk.gradient(weight, buffer, largest, total)
 
 
 class _Chunk:
@@ -107,8 +107,8 @@ class _Chunk:
         self._softcap = softcap
         self._logit_scale = logit_scale
 
-    def log_sum_exp(self, weight: ExpandableRows, buffer: Tensor, losses: Tensor) -> Tensor:
-        """[C] float32 log-sum-exp of each row; fills `losses`."""
+    def normalisers(self, weight: ExpandableRows, buffer: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """[C] float32 m and r of each row; fills `losses`."""
         largest = self._hidden.new_full((self._hidden.shape[0],), -torch.inf, dtype=torch.float32)
         total, picked = torch.zeros_like(largest), torch.zeros_like(largest)
         for tile in vocabulary_tiles(weight, buffer):
@@ -121,26 +121,26 @@ class _Chunk:
             total *= (largest - new_largest).exp_()
             total += logits.sub_(new_largest.unsqueeze(1)).exp_().sum(dim=1)
             largest = new_largest
-        normaliser = largest + total.log()
-        losses.copy_((normaliser - picked).masked_fill_(self._ignored, 0.0))
-        return normaliser
+            del logits  # before the next tile's
+        losses.copy_((largest + total.log() - picked).masked_fill_(self._ignored, 0.0))
+        return largest, total
 
-    def gradient(self, weight: ExpandableRows, buffer: Tensor, normaliser: Tensor) -> Tensor:
+    def gradient(self, weight: ExpandableRows, buffer: Tensor, largest: Tensor, total: Tensor) -> Tensor:
         """[C, D] float32 gradient of the losses by the rows."""
         gradient = torch.zeros_like(self._hidden, dtype=torch.float32)
-        # Ignored rows have probabilities exp(z − ∞) = 0 and no target in any tile.
-        normaliser = normaliser.masked_fill(self._ignored, torch.inf).unsqueeze(1)
+        # Ignored rows have no probabilities, and no target in any tile.
+        factor = total.reciprocal().masked_fill_(self._ignored, 0.0)
         for tile in vocabulary_tiles(weight, buffer):
-            gradient += matmul_float32(self._error(tile, normaliser), tile.weight)
+            gradient += matmul_float32(self._error(tile, largest.unsqueeze(1), factor.unsqueeze(1)), tile.weight)
         return gradient
 
-    def _error(self, tile: Tile, normaliser: Tensor) -> Tensor:
+    def _error(self, tile: Tile, largest: Tensor, factor: Tensor) -> Tensor:
         """[C, v] gradient of the losses by W h, in the type of the rows."""
         logits = self._logits(tile)
         slope = 1.0 - (logits / self._softcap).square_() if self._softcap is not None else None
-        error = logits.sub_(normaliser).exp_()
+        error = logits.sub_(largest).exp_().mul_(factor)
         entries = torch.arange(tile.start, tile.stop, device=error.device)
-        error -= (self._targets == entries).to(error.dtype)
+        error.add_(self._targets == entries, alpha=-1.0)
         if self._logit_scale != 1.0:
             error *= self._logit_scale
         if slope is not None:
