@@ -16,6 +16,7 @@ from affina.models.adapters import attach_adapter, base_identity, load_adapter, 
 from affina.models.forward import supervised_loss, supervised_token_losses, verified_head
 from affina.models.load import describe_model, load_causal_lm, load_notes, save_quantized
 from affina.models.weights import (
+    Fp8Options,
     Int8Embedding,
     Int8Head,
     Int8Options,
@@ -183,6 +184,12 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path, tied: bool) -> No
         load(save(model, tmp_path))
     assert caught.value.code == "weights-not-finite"
     assert ("model.embed_tokens.weight" if tied else "lm_head.weight") in caught.value.what
+
+
+def test_the_model_computes_in_the_type_it_was_loaded_in(tmp_path: Path) -> None:
+    model = load(save(random_model(qwen3_config()), tmp_path), weight_format=Fp8Options(), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16  # transformers looks at the first floating parameter; the layers' are 8-bit
+    assert model.float().dtype == torch.float32
 
 
 def test_quantising_layers_leaves_an_int8_vocabulary_alone() -> None:

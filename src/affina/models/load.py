@@ -497,9 +497,9 @@ def _planned_tensors(base: PreTrainedModel) -> Iterator[PlannedTensor]:
         for name, module in base.named_modules()
         if isinstance(module, Int8Embedding | Int8Head)
     }
-    scales = {name.removesuffix("weight") + "scale" for name in expanded}
+    own = {name.removesuffix("weight") + other for name in expanded for other in ("scale", "like")}
     for name, tensor in base.state_dict().items():
-        if name in tied or name in scales or ".lora_" in name:
+        if name in tied or name in own or ".lora_" in name:
             continue
         plain, shape = name.replace(".base_layer.", "."), tuple(tensor.shape)
         if name in expanded:

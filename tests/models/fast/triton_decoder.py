@@ -10,6 +10,7 @@ from torch import Tensor
 
 from affina.models.engines import set_engine
 from affina.models.families import DecoderSpec, read_decoder
+from affina.models.fast import memory
 from affina.models.fast.build import build_decoder
 from affina.models.fast.engine import FastEngine
 from affina.models.fast.policy import Keep, SavePolicy
@@ -36,7 +37,7 @@ def gradients(dtype: torch.dtype, targets: object, *, folds: bool, keep: Keep = 
             parameter.data = parameter.data.to(torch.float16).float()
     spec = read_decoder(model.get_base_model().config)
     assert isinstance(spec, DecoderSpec)
-    decoder = build_decoder(model, spec)
+    decoder = build_decoder(model, spec, is_lean=keep == Keep.PARTS, adapter_on_host=keep == Keep.PARTS)
     layers = [dataclasses.replace(layer, folds=folds) for layer in decoder.layers]
     decoder = dataclasses.replace(decoder, layers=layers)
     set_engine(model, FastEngine(model, decoder, SavePolicy.uniform(2, keep)))
@@ -45,8 +46,11 @@ def gradients(dtype: torch.dtype, targets: object, *, folds: bool, keep: Keep = 
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
-def test_folded_updates_give_the_float32_gradients_within_rounding(targets: str, keep: Keep) -> None:
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT, Keep.PARTS])
+def test_folded_updates_give_the_float32_gradients_within_rounding(
+    monkeypatch: pytest.MonkeyPatch, targets: str, keep: Keep
+) -> None:
+    monkeypatch.setattr(memory, "_SMALLEST_PART", 16)
     loss, exact = gradients(torch.float32, TARGETS[targets], folds=False)
     folded_loss, folded = gradients(torch.float16, TARGETS[targets], folds=True, keep=keep)
     apart_loss, apart = gradients(torch.float16, TARGETS[targets], folds=False, keep=keep)

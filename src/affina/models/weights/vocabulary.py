@@ -39,7 +39,6 @@ class Int8Embedding(nn.Embedding):
     """
 
     scale: Tensor
-    like: Tensor
 
     def __init__(self, quantized: RowScaledWeight, fingerprint: Tensor, padding_idx: int | None = None) -> None:
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense weight
@@ -47,10 +46,12 @@ class Int8Embedding(nn.Embedding):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.fingerprint = fingerprint
+        # Follows the casts of the model, and so says in which type looked-up rows are to come. A parameter, and the
+        # first one: transformers takes the type of a model from its first floating parameter.
+        like = torch.empty(0, 0, dtype=quantized.dtype, device=quantized.device)
+        self.like = nn.Parameter(like, requires_grad=False)
         self.weight = nn.Parameter(quantized.codes, requires_grad=False)
         self.register_buffer("scale", quantized.scale)
-        # Follows the casts of the model, and so says in which type looked-up rows are to come.
-        self.register_buffer("like", torch.empty(0, dtype=quantized.dtype, device=quantized.device), persistent=False)
 
     @property
     def quantized(self) -> RowScaledWeight:
