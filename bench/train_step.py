@@ -13,7 +13,7 @@ in the file.
 
 Cases: `bf16-lora-8x2048` is 8 full rows of 2,048 tokens; `bf16-packed-16384` packs documents of log-normal lengths
 (median 300, σ 0.75, 16 to 2,048 tokens) into rows of 16,384, where tokens/s does not count padding. Unsloth has no
-flash-attention wheel on this stack: its packed rows run on SDPA.
+flash-attention wheel on this stack: its packed rows run on SDPA. `lowest` cases are `engine.memory: lowest`.
 
 Settings: `memory_gib` is the budget that affina is told; `cap_gib` makes an allocation beyond it fail, for every
 system; `checkpointing` recomputes activations (Unsloth: offloads them). `first_step_seconds` are those from the
@@ -48,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16-lora-1x2048": {"rows": 1, "length": 2048},
     "nf4-qlora-1x2048": {"rows": 1, "length": 2048, "nf4": True},
     "nf4-qlora-1x32768": {"rows": 1, "length": 32768, "nf4": True},
+    "nf4-lowest-1x2048": {"rows": 1, "length": 2048, "nf4": True, "lowest": True},
+    "nf4-lowest-1x32768": {"rows": 1, "length": 32768, "nf4": True, "lowest": True},
+    "nf4-lowest-1x2048-qwen3-8b": {"rows": 1, "length": 2048, "nf4": True, "lowest": True, "model": "qwen3-8b"},
     "bf16-packed-16384": {"rows": 1, "length": 16384, "packed": True},
     "bf16-packed-2048": {"rows": 1, "length": 2048, "packed": True},
     "bf16-lora-8x2048-r64": {"rows": 8, "length": 2048, "rank": 64},
@@ -109,6 +112,7 @@ PLAN: tuple[Entry, ...] = (
     Entry("targets", "fp8-lora-8x2048", "affina"),
     Entry("targets", "bf16-packed-16384", "affina"),
     Entry("targets", "bf16-packed-2048", "affina"),
+    Entry("targets", "nf4-lowest-1x2048", "affina"),
     Entry("targets", "nf4-qlora-1x32768", "affina", {"memory_gib": 9.4}),
     Entry("targets", "nf4-qlora-1x32768", "affina", {"memory_gib": 9.4, "deterministic": False}),
     *_peers("peers", "bf16-lora-8x2048", unsloth=(False, True), others=BOTH),
@@ -119,6 +123,8 @@ PLAN: tuple[Entry, ...] = (
     *_peers("peers", "bf16-packed-16384", unsloth=(False, True), others=BOTH),
     *_peers("peers", "bf16-packed-2048", unsloth=(False,), others=BOTH),
     *_peers("peers", "nf4-qlora-1x32768", others=("liger",)),
+    Entry("more", "nf4-lowest-1x32768", "affina"),
+    Entry("more", "nf4-lowest-1x2048-qwen3-8b", "affina"),
     Entry("more", "bf16-lora-8x2048-r64", "affina"),
     *_peers("more", "bf16-lora-8x2048-r64", unsloth=(False, True), others=BOTH),
     Entry("more", "nf4-qlora-8x2048-r64", "affina"),

@@ -18,7 +18,7 @@ from affina.models.adapters import attach_adapter
 from affina.models.engines import engine_of, trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
-from affina.models.weights import Fp8Options, Nf4Options, quantize_linears
+from affina.models.weights import Fp8Options, Nf4Options, quantize_linears, quantize_vocabulary
 from affina.training.loop import accumulate, apply_gradients
 from affina.training.loss_scale import LossScale
 from affina.training.objectives.sft import sft_objective
@@ -75,6 +75,8 @@ def adapted_model(spec: dict[str, Any]) -> Any:
         quantize_linears(model, options, exclude=[model.get_output_embeddings()])
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
+    if spec.get("lowest"):
+        quantize_vocabulary(model)
     return attach_adapter(model, rank=spec.get("rank", 16), alpha=32.0, targets=TARGETS)
 
 
@@ -104,6 +106,7 @@ def prepare(spec: dict[str, Any], setting: dict[str, Any], clock: Clock | None =
         row_tokens=spec["rows"] * spec["length"],
         budget_bytes=int(memory * 2**30) if memory else None,
         recompute=setting.get("recompute", "auto"),
+        is_lean=bool(spec.get("lowest")),
     )
     if isinstance(engine, Unsupported):
         raise SystemExit(f"the fast engine does not run: {engine.reason}")

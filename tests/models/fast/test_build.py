@@ -13,7 +13,8 @@ from affina.models.adapters import adapter_disabled
 from affina.models.build import load_for_training
 from affina.models.fast import fast_engine_of
 from affina.models.fast.policy import Keep
-from affina.models.forward import supervised_loss
+from affina.models.forward import probe_batch, supervised_loss
+from affina.models.weights import Int8Embedding, quantized_layers
 from tests.models.fast.families import adapted_model, attach
 from tests.models.tiny import batch_of, qwen3_config
 
@@ -63,6 +64,25 @@ def test_memory_that_the_user_grants_limits_what_layers_keep() -> None:
     engine = fast_engine_of(loaded(training={"gradient_checkpointing": "auto"}, engine={"memory": 0.001}).model)
     assert engine is not None
     assert set(engine.policy.layers) == {Keep.INPUT}
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_the_lowest_memory_keeps_embedding_and_head_in_8_bits_on_either_engine(engine: str) -> None:
+    model = loaded(engine={"path": engine, "memory": "lowest"})
+    base = model.model.get_base_model()
+    assert type(base.get_input_embeddings()) is Int8Embedding
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    assert not any(layer.keeps_dense_weight for layer in quantized_layers(base))
+    fast = fast_engine_of(model.model)
+    if engine == "reference":
+        assert fast is None
+        assert [note for note in model.notes if note.startswith("activations are recomputed")]
+    else:
+        # The preset keeps all activations; a CPU has no other memory to which they could go.
+        assert fast is not None
+        assert set(fast.policy.layers) == {Keep.INPUT}
+    loss, _ = supervised_loss(model.model, probe_batch(model.model))
+    assert torch.isfinite(loss)
 
 
 def test_optimisers_that_look_at_matrices_get_matrices() -> None:
