@@ -108,6 +108,13 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_dense_one(bas
     assert all(spec.dtype == torch.float32 for spec in read_header(tmp_path / "merged/model.safetensors").values())
 
 
+def test_an_adapter_trained_with_an_int8_vocabulary_is_merged_into_the_original_one(base, adapter, tmp_path):
+    report = merge(str(base), adapter[0], tmp_path / "merged", dtype="float32", trained_int8_vocabulary=True)
+    assert report.merge_error < 1e-5
+    assert 0.001 < report.quantized_difference < 0.05  # 0.7% of the weights' spread, once or twice
+    assert "trained against the int8-vocabulary base" in report.notes[-1]
+
+
 def test_a_base_that_exists_only_in_four_bits_is_expanded(base, adapter, tmp_path):
     quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=Nf4Options())
     save_quantized(quantized, tmp_path / "base4")

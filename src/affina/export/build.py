@@ -22,6 +22,7 @@ def merge_run(run: RunDirectory, config: RunConfig, output: Path, *, dtype: str 
         trust_remote_code=config.model.trust_remote_code,
         device=choose_device(config.training.device),
         trained_weight_format=weight_format(config),
+        trained_int8_vocabulary=config.engine.memory == "lowest",
     )
     run.log_event("merge", f"merged into {output}", **report.to_dict())
     return report

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ def merge(
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
     trained_weight_format: WeightFormatOptions | None = None,
+    trained_int8_vocabulary: bool = False,
     probe_prompts: Sequence[Sequence[int]] | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> MergeReport:
@@ -120,6 +121,7 @@ def merge(
     device:                where the proof is computed; writing is done on the CPU
     trained_weight_format: of the base on which the adapter was trained, when it was quantised; its distance is then
                            reported
+    trained_int8_vocabulary: whether its embedding and head were in int8 (engine.memory: lowest), likewise
     probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
 
     Raises ExportError: output-exists, disk-full, dtype-unknown, merge-vanished (the adapter's effect is not in the
@@ -171,10 +173,11 @@ def merge(
         _prove(differences, target_dtype, dtype)
 
         quantized_difference = None
-        if trained_weight_format is not None:
-            trained = _logits(load_adapter(load(base, proof_dtype, trained_weight_format), info.directory), prompts)
+        if trained_weight_format is not None or trained_int8_vocabulary:
+            trained_base = load(base, proof_dtype, trained_weight_format, trained_int8_vocabulary)
+            trained = _logits(load_adapter(trained_base, info.directory), prompts)
             quantized_difference = _rms(merged - trained) / _spread(expected)
-            kind = trained_weight_format.name.upper()
+            kind = trained_weight_format.name.upper() if trained_weight_format is not None else "int8-vocabulary"
             notes.append(
                 f"the adapter was trained against the {kind} base and is merged into the original one: its logits "
                 f"differ from those in training by {quantized_difference:.1%} of their spread, the {kind} base's own "
@@ -252,10 +255,16 @@ def _proof_dtype(specs: Mapping[str, TensorSpec], target_dtype: torch.dtype) -> 
     return torch.float32 if needed <= _FLOAT32_PROOF_BYTES else target_dtype
 
 
-def _loader(
-    revision: str | None, trust_remote_code: bool, device: torch.device | str
-) -> Callable[[str, torch.dtype, WeightFormatOptions | None], PreTrainedModel]:
-    def load(path: str, dtype: torch.dtype, weight_format: WeightFormatOptions | None) -> PreTrainedModel:
+class _Load(Protocol):
+    def __call__(
+        self, path: str, dtype: torch.dtype, weight_format: WeightFormatOptions | None, int8_vocabulary: bool = False
+    ) -> PreTrainedModel: ...
+
+
+def _loader(revision: str | None, trust_remote_code: bool, device: torch.device | str) -> _Load:
+    def load(
+        path: str, dtype: torch.dtype, weight_format: WeightFormatOptions | None, int8_vocabulary: bool = False
+    ) -> PreTrainedModel:
         return load_causal_lm(
             path,
             revision=revision,
@@ -263,6 +272,7 @@ def _loader(
             device=device,
             weight_format=weight_format,
             trust_remote_code=trust_remote_code,
+            quantizes_vocabulary=int8_vocabulary,
         )
 
     return load

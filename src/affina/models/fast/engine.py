@@ -229,6 +229,8 @@ def attach_fast_engine(
     if not difference <= limit:
         detach_fast_engine(model)
         return Unsupported(f"its gradients differ by {difference:.1%} from the reference's on a probe")
+    if is_lean and on_device:
+        torch.cuda.empty_cache()  # of loading and of the probe
     return engine
 
 
