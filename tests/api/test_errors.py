@@ -349,7 +349,7 @@ def test_memory_that_runs_out_is_answered_with_settings_of_the_same_effective_ba
     assert error.why == "Tried to allocate 2.00 GiB. 1.12 GiB is free."
     assert error.fix == (
         "start a new run with one of: training.micro_batch_size: 1 with gradient_accumulation_steps: 4 "
-        "(the same effective batch); data.max_length: 32"
+        "(the same effective batch); engine.memory: lowest; data.max_length: 32"
     )
     run = RunDirectory(tmp_path / "runs" / "first")
     assert run.status() == "failed"

@@ -368,6 +368,8 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
         advice.append("training.gradient_checkpointing: true")
     if config.quantization.method != "nf4":
         advice.append("quantization.method: nf4")
+    if config.engine.memory != "lowest":
+        advice.append("engine.memory: lowest")
     advice.append(f"data.max_length: {config.data.max_length // 2}")
     return TrainingError(
         "out-of-memory",
