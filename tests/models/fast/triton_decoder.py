@@ -14,6 +14,7 @@ from affina.models.fast import memory
 from affina.models.fast.build import build_decoder
 from affina.models.fast.engine import FastEngine
 from affina.models.fast.policy import Keep, SavePolicy
+from affina.models.weights import quantize_vocabulary
 from tests.kernels import exact_casts, loop_bounds
 from tests.models.fast.families import adapted_model, loss_and_gradients
 from tests.models.tiny import batch_of, qwen3_config
@@ -28,9 +29,18 @@ def repaired_interpreter() -> None:
     loop_bounds.install()
 
 
-def gradients(dtype: torch.dtype, targets: object, *, folds: bool, keep: Keep = Keep.ALL) -> tuple[float, Tensor]:
-    """Loss and all adapter gradients of a model whose weights are exact in float16."""
-    model = adapted_model(qwen3_config(num_hidden_layers=2), targets=targets, dtype=torch.float16)  # type: ignore[arg-type]
+def gradients(
+    dtype: torch.dtype, targets: object, *, folds: bool, keep: Keep = Keep.ALL, weights: str = "dense"
+) -> tuple[float, Tensor]:
+    """Loss and all adapter gradients of a model whose dense weights are exact in float16."""
+    model = adapted_model(
+        qwen3_config(num_hidden_layers=2),
+        weights=weights,
+        targets=targets,  # type: ignore[arg-type]
+        dtype=torch.float16,
+    )
+    if weights == "int8":
+        quantize_vocabulary(model.get_base_model())
     model.get_base_model().to(dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -62,3 +72,14 @@ def test_folded_updates_give_the_float32_gradients_within_rounding(
     assert folded_error < 1e-2
     # Folded updates are rounded once less, so they are not worse but for the luck of a few thousand roundings.
     assert folded_error < 1.5 * apart_error
+
+
+def test_eight_bit_weights_expanded_one_by_one_give_the_float32_gradients_within_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_SMALLEST_PART", 16)
+    loss, exact = gradients(torch.float32, "all-linear", folds=False, weights="int8")
+    lowest_loss, lowest = gradients(torch.float16, "all-linear", folds=True, keep=Keep.PARTS, weights="int8")
+    assert lowest_loss == pytest.approx(loss, rel=1e-3)
+    # As above; the weights are rounded to float16 too when they are expanded.
+    assert float((lowest - exact).norm() / exact.norm()) < 1e-2
