@@ -14,7 +14,8 @@ from affina.errors import ExportError, ModelError
 from affina.export import merge as merge_module
 from affina.export.merge import merge
 from affina.models.adapters import attach_adapter, save_adapter
-from affina.models.load import load_causal_lm, save_quantized
+from affina.models.load import load_causal_lm
+from affina.models.quantized_checkpoint import save_quantized
 from affina.models.safetensors_file import read_header
 from affina.models.weights import Fp8Options, Int8Options, Nf4Options
 from tests.models.tiny import VOCABULARY, qwen3_config, random_model, randomize_adapter, save
@@ -112,7 +113,7 @@ def test_a_base_that_exists_only_in_four_bits_is_expanded(base, adapter, tmp_pat
     quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=Nf4Options())
     save_quantized(quantized, tmp_path / "base4")
     report = merge(str(tmp_path / "base4"), adapter[0], tmp_path / "merged", dtype="float32")
-    assert "stored in 4-bit" in report.notes[0]
+    assert "stored in nf4" in report.notes[0]
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert report.merge_error < 1e-5
 

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from affina.errors import ExportError
-from affina.kernels.nf4 import STATE_SUFFIXES, Nf4Tensor
 from affina.models.adapters import AdapterInfo, adapter_disabled, base_identity, load_adapter, read_adapter_info
 from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
 from affina.models.forward import evaluation_mode
 from affina.models.load import load_causal_lm
+from affina.models.quantized_checkpoint import StoredWeights, options_of_checkpoint
 from affina.models.safetensors_file import (
     PlannedTensor,
     TensorSpec,
@@ -143,14 +143,18 @@ def merge(
     del with_adapter
 
     with new_directory(target) as temporary:
-        if raw_config.get("quantization_config") is not None:
+        kind = None
+        if (quantization := raw_config.get("quantization_config")) is not None:
+            options = options_of_checkpoint(quantization, base)
+            kind = options.layer
             notes.append(
-                "the base is stored in 4-bit: its weights were expanded before merging; "
+                f"the base is stored in {options.name}: its weights were expanded before merging; "
                 "the original base would be more exact"
             )
+        stored = StoredWeights(specs, kind)
         merger = _Merger(info, read_adapter_tensors(info.directory), transposed, target_dtype)
         if merger.fits(specs):
-            planned = list(merger.plan(specs))
+            planned = list(merger.plan(stored))
             files = write_sharded(temporary, planned, max_shard_bytes=max_shard_bytes)
             num_tensors = len(planned)
             num_bytes = sum(tensor.num_bytes for tensor in planned)
@@ -288,23 +292,18 @@ class _Merger:
         """Whether every adapted layer is a tensor of its own in the checkpoint."""
         return all(f"{layer}.weight" in specs for layer in self.pairs)
 
-    def plan(self, specs: Mapping[str, TensorSpec]) -> Iterator[PlannedTensor]:
+    def plan(self, stored: StoredWeights) -> Iterator[PlannedTensor]:
         """Every tensor of the result, in the order of the files, to be made when it is written."""
-        for name, spec in specs.items():
-            if any(name.endswith(f".{suffix}") for suffix in STATE_SUFFIXES):
-                continue
-            shape, is_float = spec.shape, spec.dtype.is_floating_point
-            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
-                shape, is_float = _quantized(name, specs).shape, True
-            dtype = self.dtype if is_float else spec.dtype
-            yield PlannedTensor(name, dtype, shape, self._maker(name, specs))
+        for name in stored.names():
+            spec, quantized = stored.specs[name], stored.quantized(name)
+            shape = quantized.shape if quantized is not None else spec.shape
+            is_float = quantized is not None or spec.dtype.is_floating_point
+            yield PlannedTensor(name, self.dtype if is_float else spec.dtype, shape, self._maker(name, stored))
 
-    def _maker(self, name: str, specs: Mapping[str, TensorSpec]) -> Callable[[], Tensor]:
+    def _maker(self, name: str, stored: StoredWeights) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
-                weight = _quantized(name, specs).dequantize(torch.float32)
-            else:
-                weight = read_tensor(specs[name])
+            quantized = stored.quantized(name)
+            weight = quantized.dequantize(torch.float32) if quantized is not None else read_tensor(stored.specs[name])
             return self.merged(name.removesuffix(".weight"), weight)
 
         return make
@@ -318,11 +317,6 @@ class _Merger:
         if layer in self.transposed:
             update = update.t()
         return (weight.float() + update).to(self.dtype)
-
-
-def _quantized(name: str, specs: Mapping[str, TensorSpec]) -> Nf4Tensor:
-    state = {suffix: read_tensor(specs[f"{name}.{suffix}"]) for suffix in STATE_SUFFIXES if f"{name}.{suffix}" in specs}
-    return Nf4Tensor.from_state(state | {"": read_tensor(specs[name])}, name)
 
 
 def _transposed_layers(base: PreTrainedModel) -> frozenset[str]:

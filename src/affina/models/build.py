@@ -24,6 +24,7 @@ from affina.models.forward import isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.structure import text_config
 from affina.models.weights import (
+    Fp4Options,
     Fp8Options,
     Int8Options,
     Nf4Options,
@@ -136,7 +137,8 @@ def weight_format(config: RunConfig) -> WeightFormatOptions | None:
         return Fp8Options(skip_modules=quantization.skip_modules)
     if quantization.method == "int8":
         return Int8Options(skip_modules=quantization.skip_modules)
-    return Nf4Options(
+    kind = Nf4Options if quantization.method == "nf4" else Fp4Options
+    return kind(
         double_quantization=quantization.double_quantization,
         scale_search=quantization.scale_search,
         skip_modules=quantization.skip_modules,

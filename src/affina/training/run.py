@@ -364,7 +364,7 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
         )
     if training.gradient_checkpointing is False:
         advice.append("training.gradient_checkpointing: true")
-    if config.quantization.method != "nf4":
+    if config.quantization.method not in ("nf4", "fp4"):
         advice.append("quantization.method: nf4")
     advice.append(f"data.max_length: {config.data.max_length // 2}")
     return TrainingError(
