@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from affina.errors import ExportError, ModelError
 from affina.export import merge as merge_module
+from affina.export import output as output_module
 from affina.export.merge import merge
 from affina.models.adapters import attach_adapter, save_adapter
 from affina.models.load import load_causal_lm
@@ -201,7 +202,7 @@ def test_an_output_that_the_system_refuses_is_told_with_its_reason(base, adapter
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(merge_module.Path, "mkdir", refuse)
+    monkeypatch.setattr(output_module.Path, "mkdir", refuse)
     error = refusal(base, adapter[0], tmp_path)
     assert error.code == "output-not-writable"
     assert error.what == f"cannot write into {tmp_path}: permission denied"
@@ -215,7 +216,7 @@ def test_an_empty_directory_may_be_filled(base, adapter, tmp_path):
 
 def test_a_disk_that_is_too_small_is_found_first(base, adapter, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage)
     error = refusal(base, adapter[0], tmp_path)
     assert error.code == "disk-full"
     assert re.fullmatch(rf"the merged model needs \d+ KiB, {tmp_path} has 1000 bytes free", error.what)

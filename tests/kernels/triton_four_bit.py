@@ -1,4 +1,6 @@
-"""The Triton kernel of 4-bit weights against the reference, bit for bit; run by test_four_bit_triton.py under the interpreter.
+"""The Triton kernel of 4-bit weights against the reference, bit for bit.
+
+test_four_bit_triton.py runs it under the interpreter.
 
 On a machine with a GPU `pytest tests/kernels/triton_four_bit.py` runs the compiled kernel.
 """
@@ -60,7 +62,8 @@ def test_every_way_to_look_a_number_up_gives_the_same_bits(lookup):
     out = torch.empty(19, 256, dtype=torch.bfloat16, device=DEVICE)
     kernel.dequantize_into(
         quantized.codes, quantized.absmax, quantized.nested_absmax, quantized.nested_offset,
-        double_quantization.dynamic_map(DEVICE), code_tables.numbers_on(NF4, DEVICE), out, block_size=64, lookup=lookup, numbers_per_program=2048,
+        double_quantization.dynamic_map(DEVICE), code_tables.numbers_on(NF4, DEVICE), out,
+        block_size=64, lookup=lookup, numbers_per_program=2048,
     )  # fmt: skip
     assert torch.equal(out, expected(quantized, torch.bfloat16))
 

@@ -57,8 +57,8 @@ class QuantizationConfig(Section):
     )
     scale_search: bool = Field(
         default=False,
-        description="Of nf4 and fp4: search each block's scale for the least squared error: same format, 7% less error, "
-        "slower load. Turn it on when the tuned model falls short of a 16-bit one.",
+        description="Of nf4 and fp4: search each block's scale for the least squared error: same format, 7% less "
+        "error, slower load. Turn it on when the tuned model falls short of a 16-bit one.",
     )
     skip_modules: tuple[str, ...] = Field(
         default=("lm_head",), description="Names of linear layers that stay unquantised; tied embeddings always do."

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from affina.config.schema import RunConfig
 from affina.errors import ModelError
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
 from affina.models.compat import enable_recomputation
-from affina.models.device import choose_device, choose_precision, describe_device
+from affina.models.device import choose_device, choose_precision, describe_device, free_bytes
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.forward import isolation_of
@@ -226,13 +225,7 @@ def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch
         bytes_per_value=base.dtype.itemsize,
     )
     # Half of the free memory is left for logits, gradients, optimiser state and fragmentation.
-    return kept > 0.5 * _free_bytes(device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return kept > 0.5 * free_bytes(device)
 
 
 def activation_bytes(

@@ -129,6 +129,13 @@ def memory_stats(device: torch.device) -> MemoryStats:
     return MemoryStats(resident, max(resident, _peak_resident_bytes()), psutil.virtual_memory().total)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the card, or of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak on a CUDA device; the operating system's peak of a process cannot be reset everywhere."""
     if device.type == "cuda":

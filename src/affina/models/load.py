@@ -72,7 +72,7 @@ def load_causal_lm(
     folder = resolve_model_folder(path, revision=revision, with_code=trust_remote_code)
     raw_config = read_config(folder)
     specs = checkpoint_tensors(folder)
-    config = _auto_config(folder, raw_config, path, trust_remote_code)
+    config = auto_config(folder, raw_config, path, trust_remote_code)
     stored = raw_config.get("quantization_config")
     stored_options = options_of_checkpoint(stored, path) if stored is not None else None
     if stored_options is not None:
@@ -111,7 +111,7 @@ def check_causal_lm(path: str, *, revision: str | None = None, trust_remote_code
     folder = resolve_model_folder(path, revision=revision, with_weights=False)
     raw_config = read_config(folder)
     if not trust_remote_code:  # the model's own code might have to be fetched first
-        _auto_config(folder, raw_config, path, trust_remote_code)
+        auto_config(folder, raw_config, path, trust_remote_code)
     if (stored := raw_config.get("quantization_config")) is not None:
         options_of_checkpoint(stored, path)
     if Path(path).expanduser().is_dir():
@@ -128,7 +128,8 @@ def load_notes(model: nn.Module) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def _auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+def auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The transformers config of a model directory; `path` is what the user called it. Raises ModelError."""
     where = Location(folder / "config.json")
     if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
         raise ModelError(

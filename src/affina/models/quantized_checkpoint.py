@@ -64,8 +64,8 @@ def options_of_checkpoint(stored: Mapping[str, Any], path: str) -> WeightFormatO
     raise ModelError(
         "quantization-unsupported",
         f"{path} is stored quantised ({described})",
-        why="affina reads bfloat16, float16, float32, bitsandbytes' NF4, FP4 and int8, and compressed-tensors' fp8 with "
-        "one scale per channel",
+        why="affina reads bfloat16, float16, float32, bitsandbytes' NF4, FP4 and int8, and compressed-tensors' fp8 "
+        "with one scale per channel",
         fix="use the original model and set quantization.method: nf4",
     )
 
@@ -77,7 +77,9 @@ def _is_fp8_by_channel(stored: Mapping[str, Any]) -> bool:
         return False
     weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations") or {}
     wanted = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-    return all(weights.get(key) == value for key, value in wanted.items()) and (not inputs or bool(inputs.get("dynamic")))
+    return all(weights.get(key) == value for key, value in wanted.items()) and (
+        not inputs or bool(inputs.get("dynamic"))
+    )
 
 
 def layer_files(
@@ -165,10 +167,14 @@ def save_quantized(
 def planned_tensors(base: PreTrainedModel) -> list[PlannedTensor]:
     """Every tensor of the model's file: quantised layers as their formats store them, tied weights once."""
     tied = set(getattr(base, "all_tied_weights_keys", None) or {})
-    return [
-        PlannedTensor(name.replace(".base_layer.", "."), tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+    state = {
+        name.replace(".base_layer.", "."): tensor
         for name, tensor in base.state_dict().items()
         if name not in tied and ".lora_" not in name
+    }
+    return [
+        PlannedTensor(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in state.items()
     ]
 
 
@@ -185,7 +191,9 @@ def quantization_config(base: PreTrainedModel, compute_dtype: torch.dtype) -> di
     assert weight_format is not None
     assert {type(layer) for layer in layers} == {type(layers[0])}, "a model has one weight format"
     dense = [
-        name.replace(".base_layer", "") for name, linear in linear_layers(base) if not isinstance(linear, QuantizedLinear)
+        name.replace(".base_layer", "")
+        for name, linear in linear_layers(base)
+        if not isinstance(linear, QuantizedLinear)
     ]
     if weight_format.name == "fp8":
         return _compressed_tensors_config(dense)
@@ -193,20 +201,20 @@ def quantization_config(base: PreTrainedModel, compute_dtype: torch.dtype) -> di
 
 
 def _bitsandbytes_config(layer: QuantizedLinear, dense: list[str], compute_dtype: torch.dtype) -> dict[str, Any]:
-    is_four_bit = isinstance(layer, FourBitLinear)
+    four_bit = layer.quantized if isinstance(layer, FourBitLinear) else None
     return {
-        "_load_in_4bit": is_four_bit,
-        "_load_in_8bit": not is_four_bit,
+        "_load_in_4bit": four_bit is not None,
+        "_load_in_8bit": four_bit is None,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": layer.TABLE.name if is_four_bit else "nf4",
-        "bnb_4bit_use_double_quant": is_four_bit and layer.quantized.is_double_quantized,
+        "bnb_4bit_quant_type": four_bit.table.name if four_bit is not None else "nf4",
+        "bnb_4bit_use_double_quant": four_bit is not None and four_bit.is_double_quantized,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": dense or None,
         "llm_int8_threshold": 6.0,
-        "load_in_4bit": is_four_bit,
-        "load_in_8bit": not is_four_bit,
+        "load_in_4bit": four_bit is not None,
+        "load_in_8bit": four_bit is None,
         "quant_method": "bitsandbytes",
     }
 

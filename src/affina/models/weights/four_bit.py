@@ -80,7 +80,9 @@ class FourBitLinear(QuantizedLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         weight = f"{prefix}weight"
-        stored = {key: state_dict.pop(f"{prefix}{key}") for key in self.file_keys()[1:] if f"{prefix}{key}" in state_dict}
+        stored = {
+            key: state_dict.pop(f"{prefix}{key}") for key in self.file_keys()[1:] if f"{prefix}{key}" in state_dict
+        }
         if weight in state_dict and stored:
             quantized = self.weight_from_files({"weight": state_dict[weight], **stored}, prefix.removesuffix("."))
             for name in self._BUFFERS:

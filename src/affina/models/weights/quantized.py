@@ -116,9 +116,7 @@ class QuantizedLinear(nn.Linear):
         """
 
     @classmethod
-    def from_files(
-        cls, tensors: Mapping[str, Tensor], name: str, *, bias: Tensor | None, device: torch.device
-    ) -> Self:
+    def from_files(cls, tensors: Mapping[str, Tensor], name: str, *, bias: Tensor | None, device: torch.device) -> Self:
         """The layer `name` on `device` from a checkpoint's tensors by `file_keys`.
 
         Raises ModelError[quantized-weights-unreadable].
