@@ -25,7 +25,7 @@ from affina.config import Note, ResolvedConfig, load_config, load_mapping, load_
 from affina.config.derive import with_value
 from affina.config.places import place_error
 from affina.config.resolved import differences, has_influence, leaves
-from affina.errors import AffinaError, ConfigError, DataError, RunError
+from affina.errors import AffinaError, ConfigError, DataError, ModelError, RunError
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
 from affina.runs.directory import (
@@ -378,6 +378,13 @@ def quantize(
     from affina.models.build import weight_format
     from affina.models.device import choose_device
 
+    if (Path(model) / "config.yaml").is_file():
+        raise ModelError(
+            "model-not-found",
+            f"{model} is a run, not a model",
+            why="a run holds an adapter; quantising belongs after merging it",
+            fix=f"run `affina merge {model} -o merged`, then `affina quantize merged -o {output}`",
+        )
     given = {
         "double_quantization": double_quantization,
         "scale_search": scale_search or None,

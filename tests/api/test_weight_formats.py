@@ -1,4 +1,4 @@
-"""Runs on an 8-bit base: from the command line to the merged model, and resumed to the same bits."""
+"""Runs on an 8-bit or FP4 base: from the command line to the merged model, and resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_laptop_preset_trains_and_merges_on_an_fp8_base(
     assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
 
 
-@pytest.mark.parametrize("method", ["fp8", "int8"])
+@pytest.mark.parametrize("method", ["fp4", "fp8", "int8"])
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, engine: str, tiny_model_folder: Path, chats_file: Path, tmp_path: Path

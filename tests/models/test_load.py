@@ -22,6 +22,7 @@ from affina.models.load import describe_model, load_causal_lm, load_notes
 from affina.models.quantized_checkpoint import save_quantized
 from affina.models.safetensors_file import PlannedTensor, write_sharded
 from affina.models.weights import (
+    Fp4Options,
     Fp8Options,
     Int8Options,
     Nf4Linear,
@@ -61,8 +62,8 @@ def test_a_dense_model_equals_what_transformers_loads(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [Nf4Options(), Nf4Options(double_quantization=False), Fp8Options(), Int8Options()],
-    ids=["nf4", "nf4, single", "fp8", "int8"],
+    [Nf4Options(), Nf4Options(double_quantization=False), Fp4Options(), Fp8Options(), Int8Options()],
+    ids=["nf4", "nf4, single", "fp4", "fp8", "int8"],
 )
 def test_quantising_while_reading_equals_quantising_afterwards(folder, options):
     streamed = load(folder, weight_format=options)

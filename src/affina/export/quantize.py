@@ -98,12 +98,12 @@ def quantize(
     """
     started = time.monotonic()
     target = Path(output)
+    check_output(target, why="a quantised model never overwrites another one")
     folder = resolve_model_folder(model, revision=revision, with_code=trust_remote_code)
     raw_config = read_config(folder)
     _check_unquantized(model, raw_config)
     plan = plan_quantization(folder, options, path=model, trust_remote_code=trust_remote_code)
     _check_layers(model, plan, options)
-    check_output(target, why="a quantised model never overwrites another one")
     check_space(target, plan.num_bytes, what="the quantised model")
 
     def load(path: str, weight_format: WeightFormatOptions | None) -> PreTrainedModel:
