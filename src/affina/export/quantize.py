@@ -22,10 +22,11 @@ from affina.export.output import check_output, check_space, copy_companions
 from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import base_identity
 from affina.models.checkpoint import read_config, resolve_model_folder
+from affina.models.device import check_fp8
 from affina.models.load import load_causal_lm, load_notes
 from affina.models.quantization_plan import QuantizationPlan, plan_quantization
 from affina.models.quantized_checkpoint import save_quantized
-from affina.models.weights import WeightFormatOptions, quantized_layers
+from affina.models.weights import Fp8Linear, WeightFormatOptions, quantized_layers
 from affina.runs import atomic
 
 PROVENANCE_FILE = "affina.json"
@@ -105,6 +106,8 @@ def quantize(
     plan = plan_quantization(folder, options, path=model, trust_remote_code=trust_remote_code)
     _check_layers(model, plan, options)
     check_space(target, plan.num_bytes, what="the quantised model")
+    if options.layer is Fp8Linear:
+        check_fp8(torch.device(device), plan.dtype)
 
     def load(path: str, weight_format: WeightFormatOptions | None) -> PreTrainedModel:
         return load_causal_lm(
