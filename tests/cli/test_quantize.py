@@ -45,6 +45,17 @@ def test_json_is_the_only_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("small/quantization_report.json").exists()
 
 
+def test_layers_can_be_left_dense_and_few_records_have_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        quantize("affina/nano", "-o", "small", "--skip", "down_proj", "--skip", "layers.0", "--max-records", "2") == 0
+    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert "layers 30 at 4.127 bits per weight; in bfloat16: model.layers.0.self_attn.q_proj" in output
+    assert "nats per token (too few records for an interval)" in output
+    report = json.loads(Path("small/quantization_report.json").read_text(), parse_constant=pytest.fail)
+    assert report["divergence"]["kl"]["interval"] is None
+
+
 def test_text_of_a_file_is_measured_token_by_token(capsys: pytest.CaptureFixture[str]) -> None:
     Path("notes.txt").write_text("It was a bright cold day in April.\n\n" * 30)
     assert quantize("affina/nano", "-o", "small", "--format", "fp4", "--text", "notes.txt", "--json") == 0

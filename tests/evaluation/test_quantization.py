@@ -74,7 +74,9 @@ def test_the_whole_error_is_that_of_all_weights_and_the_worst_layers_come_first(
 
 def test_a_weight_without_error_has_infinite_signal_to_noise():
     assert decibels(0.0) == math.inf
-    assert QuantizationErrors("int8", (layer("a", 0.0, 0.0),), None).relative_error == 0.0
+    report = QuantizationErrors("int8", (layer("a", 0.0, 0.0),), None)
+    assert report.relative_error == 0.0
+    assert report.to_dict()["snr_db"] is report.to_dict()["layers"][0]["snr_db"] is None
 
 
 def test_divergence_is_the_mean_kl_of_the_supervised_tokens():

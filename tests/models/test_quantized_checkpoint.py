@@ -137,6 +137,15 @@ def test_fp8_checkpoints_carry_the_names_and_the_config_of_compressed_tensors(fo
     )  # fmt: skip
 
 
+def test_transformers_with_compressed_tensors_reads_fp8(folder, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors, the reader of this format, is not installed")
+    quantized = load(folder, weight_format=Fp8Options())
+    save_quantized(quantized, tmp_path)
+    with quiet_loading():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32)
+    torch.testing.assert_close(logits(theirs), logits(quantized), rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(2.0**-100, 2.0**100, width=32), min_size=1, max_size=50))
 def test_stored_maxima_give_the_same_int8_scales_bit_for_bit(maxima):
@@ -191,6 +200,14 @@ def test_scales_of_the_wrong_number_are_refused(folder, tmp_path, options, key):
     assert error.code == "quantized-weights-unreadable"
     assert f"with 63 entries in {key}" in error.what
     assert "one scale per row" in error.what
+
+
+def test_another_layout_of_int8_codes_is_refused(folder, tmp_path):
+    save_quantized(load(folder, weight_format=Int8Options()), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight_format"].fill_(2))
+    error = refusal(tmp_path)
+    assert error.code == "quantized-weights-unreadable"
+    assert "model.layers.0.mlp.up_proj lie in bitsandbytes' layout 2" in error.what
 
 
 @pytest.mark.parametrize(

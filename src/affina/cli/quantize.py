@@ -34,6 +34,10 @@ DoubleOption = Annotated[
 SearchOption = Annotated[
     bool, typer.Option("--scale-search", help="4 bits: search each block's scale; less error, slower.")
 ]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option("--skip", metavar="NAME", help="A layer, or part of its name, that stays dense. Repeatable."),
+]
 ReportOption = Annotated[bool, typer.Option("--report/--no-report", help="Measure errors and divergence.")]
 TextOption = Annotated[
     str | None,
@@ -59,6 +63,7 @@ def quantize_command(
     weight_format: FormatOption = "nf4",
     double_quantization: DoubleOption = None,
     scale_search: SearchOption = False,
+    skip: SkipOption = None,
     report: ReportOption = True,
     text: TextOption = None,
     max_records: MaxRecordsOption = 64,
@@ -70,7 +75,7 @@ def quantize_command(
     """Write a model in 4 or 8 bits, prove it, and measure what it costs.
 
     The model is read one tensor at a time. The result is loaded again and compared before it appears in DIR. Train on
-    it with `model: DIR`; transformers with bitsandbytes reads nf4, fp4 and int8.
+    it with `model: DIR`. transformers reads it too, with bitsandbytes (nf4, fp4, int8) or compressed-tensors (fp8).
     """
     from affina import api
 
@@ -81,6 +86,7 @@ def quantize_command(
             format=weight_format,
             double_quantization=double_quantization,
             scale_search=scale_search,
+            skip_modules=skip or None,
             revision=revision,
             trust_remote_code=trust_remote_code,
             device=device,
@@ -126,11 +132,15 @@ def _described(report: QuantizeReport) -> str:
     return report.format + (f" with {' and '.join(parts)}" if parts else "")
 
 
+def _decibels(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.1f}"
+
+
 def _print_errors(errors: Mapping[str, Any]) -> None:
     console = render.stdout()
     console.print(
         f"weights    off by {errors['relative_error']:.2%} (RMSE over RMS of the weights), "
-        f"signal to noise {errors['snr_db']:.1f} dB; the worst layers:"
+        f"signal to noise {_decibels(errors['snr_db'])} dB; the worst layers:"
     )
     table = render.table()
     for title in ("layer", "shape", "bits", "RMSE", "relative", "SNR dB"):
@@ -144,17 +154,19 @@ def _print_errors(errors: Mapping[str, Any]) -> None:
             f"{layer['bits_per_weight']:.3f}",
             f"{layer['rmse']:.2e}",
             f"{layer['relative_error']:.2%}",
-            f"{layer['snr_db']:.1f}",
+            _decibels(layer["snr_db"]),
         )
     console.print(table)
     moved = errors["divergence"]
     if moved is None:
         return
-    low, high = moved["kl"]["interval"]
+    interval = "too few records for an interval"
+    if moved["kl"]["interval"] is not None:
+        low, high = moved["kl"]["interval"]
+        interval = f"{moved['kl']['level']:.0%}: {low:.2e} to {high:.2e}"
     console.print(
         f"divergence KL(unquantised ‖ quantised) {moved['kl']['value']:.2e} nats per token "
-        f"({moved['kl']['level']:.0%}: {low:.2e} to {high:.2e}) on {moved['num_tokens']:,} tokens of "
-        f"{moved['num_records']:,} records of {moved['text']}"
+        f"({interval}) on {moved['num_tokens']:,} tokens of {moved['num_records']:,} records of {moved['text']}"
     )
     console.print(
         f"           the same first choice for {moved['top_agreement']:.1%} of them; perplexity "

@@ -106,27 +106,34 @@ class QuantizationErrors:
         return sorted(self.layers, key=lambda layer: (-layer.relative_error, layer.name))[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready. What is infinite, or not known, is None: JSON has no word for it."""
         divergence = None
         if self.divergence is not None:
             kl = self.divergence.kl
+            is_known = math.isfinite(kl.standard_error)  # not with fewer than five records
             divergence = asdict(self.divergence) | {
                 "kl": {
                     "value": kl.value,
-                    "interval": kl.interval.to_list(),
+                    "interval": kl.interval.to_list() if is_known else None,
                     "level": kl.interval.level,
-                    "standard_error": kl.standard_error,
+                    "standard_error": kl.standard_error if is_known else None,
                 }
             }
         return {
             "format": self.format,
             "relative_error": self.relative_error,
-            "snr_db": self.snr_db,
+            "snr_db": _finite(self.snr_db),
             "worst_layers": [layer.name for layer in self.worst(5)],
             "divergence": divergence,
-            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "layers": [
+                asdict(layer) | {"shape": list(layer.shape), "snr_db": _finite(layer.snr_db)} for layer in self.layers
+            ],
             "notes": list(self.notes),
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def decibels(relative_error: float) -> float:

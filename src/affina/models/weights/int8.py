@@ -9,15 +9,17 @@ In files it is bitsandbytes' 8-bit layer: `weight` [out, in] int8, `SCB` [out] f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from affina.errors import ModelError
 from affina.kernels import int8
 from affina.models.weights.quantized import QuantizedFormat
-from affina.models.weights.row_scaled import RowScaledLinear, RowScaledOptions, quantize_weight
+from affina.models.weights.row_scaled import RowScaledLinear, RowScaledOptions, RowScaledWeight, quantize_weight
 
 _ROW_BY_ROW = 0
 """bitsandbytes' number for codes in the order of the weight."""
@@ -33,6 +35,19 @@ class Int8Linear(RowScaledLinear):
     def file_keys(cls) -> tuple[str, ...]:
         """The names of bitsandbytes."""
         return "weight", "SCB", "weight_format"
+
+    @classmethod
+    def weight_from_files(cls, tensors: Mapping[str, Tensor], name: str) -> RowScaledWeight:
+        """Codes and scales from bitsandbytes' tensors. Raises ModelError[quantized-weights-unreadable]."""
+        layout = tensors.get("weight_format")
+        if layout is not None and int(layout) != _ROW_BY_ROW:
+            raise ModelError(
+                "quantized-weights-unreadable",
+                f"the int8 codes of {name} lie in bitsandbytes' layout {int(layout)}, not row by row",
+                why="such layouts belong to one kind of card; bitsandbytes wrote them before version 0.45",
+                fix="quantise the original model again, for example with `affina quantize`",
+            )
+        return super().weight_from_files(tensors, name)
 
     @classmethod
     def scale_to_files(cls, scale: Tensor) -> dict[str, Tensor]:
