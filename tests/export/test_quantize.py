@@ -67,6 +67,14 @@ def test_companions_and_provenance_come_along(base, tmp_path):
     assert said["base"]["path"] == str(base)
 
 
+def test_a_model_that_is_mostly_embedding_says_that_it_shrinks_little(tmp_path):
+    folder = save(random_model(qwen3_config(vocab_size=4096)), tmp_path / "base")
+    (note,) = quantize(str(folder), tmp_path / "q", Nf4Options()).notes
+    # Two layers of 64 · (64 + 32 + 32 + 64 + 3 · 96) weights beside an embedding of 4,096 · 64.
+    assert note.startswith("19% of the parameters are in linear layers that were quantised")
+    assert note.endswith("stay in float32, so the model shrinks little")
+
+
 def test_shards_are_written_and_read(base, tmp_path):
     report = quantize(str(base), tmp_path / "q", Nf4Options(), max_shard_bytes=20_000)
     assert len(report.files) > 1

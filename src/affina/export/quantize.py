@@ -21,6 +21,7 @@ from affina.errors import ExportError
 from affina.export.output import check_output, check_space, copy_companions
 from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import base_identity
+from affina.models.build import count_parameters
 from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.device import check_fp8
 from affina.models.load import load_causal_lm, load_notes
@@ -147,7 +148,7 @@ def quantize(
         num_probe_tokens=expected.shape[0],
         logits_difference=difference,
         seconds=round(time.monotonic() - started, 1),
-        notes=load_notes(quantized),
+        notes=(*load_notes(quantized), *_small_share(num_weights, count_parameters(quantized), plan.dtype)),
     )
     if measure is None:
         return report
@@ -183,6 +184,16 @@ def _check_layers(model: str, plan: QuantizationPlan, options: WeightFormatOptio
         f"{model} has no linear layer that can be kept in {options.name}",
         why=f"{dense}; the head stays dense, and so do GPT-2's transposed layers",
         fix="use the model as it is",
+    )
+
+
+def _small_share(num_quantized: int, num_parameters: int, dtype: torch.dtype) -> tuple[str, ...]:
+    if num_quantized >= 0.5 * num_parameters:
+        return ()
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"{num_quantized / num_parameters:.0%} of the parameters are in linear layers that were quantised; the others "
+        f"(embedding, fused experts, …) stay in {kind}, so the model shrinks little",
     )
 
 
