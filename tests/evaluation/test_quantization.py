@@ -163,6 +163,24 @@ def test_without_text_only_weights_are_measured(folder):
     assert report.notes == ("no text",)
 
 
+def test_the_divergence_is_computed_in_float32_whatever_the_model_is_stored_in(tmp_path, monkeypatch):
+    folder = save(random_model(qwen3_config(), dtype=torch.bfloat16), tmp_path)
+    samples = [sample(20, seed=i) for i in range(5)]
+
+    def report_of(**options):
+        quantized = load_causal_lm(str(folder), device="cpu", weight_format=Int8Options(), **options)
+        return measuring.measure_quantization(quantized, folder, samples, text="t")
+
+    stored, wide = report_of(dtype=torch.bfloat16), report_of(dtype=torch.float32)
+    assert stored.notes == ()
+    assert stored.divergence.kl.value == pytest.approx(wide.divergence.kl.value, rel=1e-6)
+    # 85,000 parameters: 170 kB in bfloat16, 680 kB for both models in float32
+    monkeypatch.setattr(measuring, "free_bytes", lambda device: 400_000)
+    narrow = report_of(dtype=torch.bfloat16)
+    assert "computed in bfloat16, for want of memory for float32" in narrow.notes[0]
+    assert narrow.divergence.kl.value > stored.divergence.kl.value  # rounding is part of it
+
+
 def test_a_dense_model_that_does_not_fit_is_not_loaded_and_it_says_so(folder, monkeypatch):
     monkeypatch.setattr(measuring, "free_bytes", lambda device: 1000)
     report = measuring.measure_quantization(load(folder), folder, [sample(20)], text="t")
