@@ -19,7 +19,8 @@ import bitsandbytes
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from affina.kernels.nf4 import quantize
+from affina.kernels.code_tables import NF4
+from affina.kernels.four_bit import quantize
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -42,7 +43,7 @@ def main() -> None:
     output = parser.parse_args().output
     torch.manual_seed(0)
     weight = torch.randn(9728, 2560, device="cuda", dtype=torch.bfloat16) * 0.02
-    ours = quantize(weight, double_quantization=True)
+    ours = quantize(weight, NF4, double_quantization=True)
     codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     theirs = dequantize_4bit(codes, state)
     record = {

@@ -28,7 +28,7 @@ from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine, detach_fast_engine, fast_engine_of
 from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
-from affina.models.weights import Fp8Options, Int8Options, Nf4Options, quantize_linears
+from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options, quantize_linears
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 5003,
@@ -78,7 +78,7 @@ def gradient_of(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
     return float(loss.detach()) / count, torch.cat([g.double().flatten() for g in gradients])
 
 
-WEIGHTS = {"dense": None, "nf4": Nf4Options(), "int8": Int8Options(), "fp8": Fp8Options()}
+WEIGHTS = {"dense": None, "nf4": Nf4Options(), "fp4": Fp4Options(), "int8": Int8Options(), "fp8": Fp8Options()}
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype, *, weights: str) -> Any:

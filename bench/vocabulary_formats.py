@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affina.kernels import nf4
+from affina.kernels.code_tables import NF4
+from affina.kernels.four_bit import quantize
 from affina.models.load import load_causal_lm
 from affina.models.weights import quantize_vocabulary
 
@@ -44,7 +45,7 @@ def in_nf4(model: Any) -> None:
     """Rounds embedding and head to NF4 with double quantisation, in place."""
     weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     for weight in weights.values():
-        weight.copy_(nf4.quantize(weight.data).dequantize(torch.float32))
+        weight.copy_(quantize(weight.data, NF4).dequantize(torch.float32))
 
 
 def compare(path: str, ids: Tensor) -> dict[str, dict[str, float]]:

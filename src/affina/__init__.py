@@ -10,6 +10,7 @@ from affina.api import (
     merge,
     open_chat,
     prepare,
+    quantize,
     train,
 )
 from affina.config.schema import RunConfig
@@ -31,5 +32,6 @@ __all__ = [
     "merge",
     "open_chat",
     "prepare",
+    "quantize",
     "train",
 ]

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ from affina.config import Note, ResolvedConfig, load_config, load_mapping, load_
 from affina.config.derive import with_value
 from affina.config.places import place_error
 from affina.config.resolved import differences, has_influence, leaves
-from affina.errors import AffinaError, RunError
+from affina.errors import AffinaError, ConfigError, DataError, ModelError, RunError
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, latest_checkpoint, list_checkpoints
 from affina.runs.directory import (
@@ -46,11 +46,13 @@ if TYPE_CHECKING:
     from affina.data.prepare import PreparedData
     from affina.data.report import DataReport
     from affina.data.run_data import RunData
+    from affina.data.samples import Sample
     from affina.data.tokenizer import LoadedTokenizer
     from affina.evaluation.chat import ChatSession
     from affina.evaluation.compare import EvaluationResult
     from affina.evaluation.perplexity import Progress
     from affina.export.merge import MergeReport
+    from affina.export.quantize import QuantizeReport
     from affina.models.build import LoadedModel
     from affina.runs.index import RunComparison, RunSummary
     from affina.training.callbacks import Callback, RunFacts
@@ -343,6 +345,141 @@ def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> Merge
     with _placed_errors(resolved):
         _check_template(directory, template_from_config(resolved.config).contract())
         return merge_run(directory, resolved.config, Path(output), dtype=dtype)
+
+
+def quantize(
+    model: str,
+    output: str | Path,
+    *,
+    format: Literal["nf4", "fp4", "int8", "fp8"] = "nf4",
+    double_quantization: bool | None = None,
+    scale_search: bool = False,
+    skip_modules: Sequence[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    report: bool = True,
+    text: str | Path | None = None,
+    max_records: int = 64,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Write `model` with its linear layers in a weight format into `output`, and prove it by loading it again.
+
+    double_quantization, scale_search, skip_modules: as in the section `quantization` of a config
+    report:      measure the error of each layer, and the divergence of the predictions from the unquantised model's
+    text:        what the divergence is measured on: a data file of any format, or a run, whose validation data are
+                 taken; None: the built-in data set's validation conversations
+    max_records: records of the text that are used, drawn at random with a fixed seed
+
+    Raises AffinaError before anything is written for what cannot be quantised, written or read as text.
+    """
+    from affina.evaluation.quantization import measure_quantization
+    from affina.export.quantize import quantize as write_quantized
+    from affina.models.build import weight_format
+    from affina.models.device import choose_device
+
+    if (Path(model) / "config.yaml").is_file():
+        raise ModelError(
+            "model-not-found",
+            f"{model} is a run, not a model",
+            why="a run holds an adapter; quantising belongs after merging it",
+            fix=f"run `affina merge {model} -o merged`, then `affina quantize merged -o {output}`",
+        )
+    given = {
+        "double_quantization": double_quantization,
+        "scale_search": scale_search or None,
+        "skip_modules": skip_modules,
+    }
+    settings: dict[str, Any] = {
+        "model": {"path": model, "revision": revision, "trust_remote_code": trust_remote_code},
+        "quantization": {"method": format, **{key: value for key, value in given.items() if value is not None}},
+        "training": {"device": device},
+    }
+    resolved = load_mapping(settings)
+    config = resolved.config
+    options = weight_format(config)
+    if options is None:
+        raise ConfigError(
+            "unknown-value",
+            f'format is "{format}"; it takes one of nf4, fp4, int8, fp8',
+            fix="to use the model as it is, write its path as `model:`",
+        )
+    measure = None
+    if report:
+        samples, name, notes = _held_out_text(settings, text, max_records)
+
+        def measure(quantized: Any, folder: Path) -> dict[str, Any]:
+            errors = measure_quantization(
+                quantized,
+                folder,
+                samples,
+                text=name,
+                trust_remote_code=trust_remote_code,
+                notes=notes,
+                **({"progress": progress} if progress is not None else {}),
+            )
+            return errors.to_dict()
+
+    written = write_quantized(
+        config.model.path,
+        output,
+        options,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=choose_device(device),
+        measure=measure,
+    )
+    said = [f"{note.what}: {note.why}" for note in resolved.warnings if note.path.startswith("quantization.")]
+    return replace(written, notes=(*said, *written.notes))
+
+
+def _held_out_text(
+    settings: Mapping[str, Any], text: str | Path | None, max_records: int
+) -> tuple[list[Sample], str, list[str]]:
+    """Samples to compare two models on, what they are, and what to say when there are none."""
+    from affina.data.build import tokenizer_from_config
+    from affina.data.run_data import open_run_data
+    from affina.evaluation.build import draw_samples
+
+    is_run = text is not None and (Path(text) / "config.yaml").is_file()
+    if is_run:
+        run = _open(str(text))
+        stored = _run_config(run).config
+        config = stored.model_copy(update={"model": load_mapping(dict(settings)).config.model})
+    else:
+        built_in = {
+            "train": "affina/support",
+            "validation": [{"path": "affina/support", "split": "validation"}],
+            "max_length": 512,
+            "truncation": "truncate",
+        }
+        own = {"train": str(text), "validation_fraction": 0.0, "max_length": 512, "truncation": "split"}
+        config = load_mapping({**settings, "data": built_in if text is None else own}).config
+    try:
+        tokenizer = tokenizer_from_config(config.model)
+    except AffinaError:
+        if text is not None:
+            raise
+        return [], "", ["the divergence was not measured: the model has no tokenizer"]
+    if text is None and not tokenizer.has_template:
+        return (
+            [],
+            "",
+            [
+                "the divergence was not measured: the built-in text is conversations and this tokenizer has no chat "
+                "template; give a text with --text FILE"
+            ],
+        )
+    data = open_run_data(config, tokenizer)
+    store = data.validation if is_run or text is None else data.train
+    name = f"the validation data of {text}" if is_run else str(text) if text is not None else "affina/support"
+    if store is None or not len(store):
+        raise DataError(
+            "text-empty",
+            f"{name} has no records to measure on",
+            fix="give a file with text or conversations, or a run that has validation data",
+        )
+    return draw_samples(store, max_records, seed=0), name, []
 
 
 def open_chat(run: RunLike) -> ChatSession:

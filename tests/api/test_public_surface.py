@@ -23,6 +23,7 @@ def test_the_exported_names_are_these() -> None:
         "merge",
         "open_chat",
         "prepare",
+        "quantize",
         "train",
     ]
     assert all(hasattr(affina, name) for name in affina.__all__)

@@ -1,4 +1,4 @@
-"""Runs on an 8-bit base: from the command line to the merged model, and resumed to the same bits."""
+"""Runs on an 8-bit or FP4 base: from the command line to the merged model, and resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_the_laptop_preset_trains_and_merges_on_an_fp8_base(
     settings = ("quantization=fp8", "training.max_steps=3", "evaluation.enabled=false", "output.name=eight")
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     assert command_line(["train", "--preset", "laptop", *arguments]) == 0
-    assert "fp32 on FP8: trains 430 k of 6.66 M parameters" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "fp32 on FP8: trains 430 k of 6.66 M parameters" in said
+    assert "note: fp8: this CPU does not multiply 8-bit floats" in said
     run = RunDirectory(tmp_path / "runs" / "eight")
     losses = [record["loss"] for record in run.metrics() if "loss" in record]
     assert losses[-1] < losses[0]
@@ -38,7 +40,7 @@ def test_the_laptop_preset_trains_and_merges_on_an_fp8_base(
     assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
 
 
-@pytest.mark.parametrize("method", ["fp8", "int8"])
+@pytest.mark.parametrize("method", ["fp4", "fp8", "int8"])
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, engine: str, tiny_model_folder: Path, chats_file: Path, tmp_path: Path

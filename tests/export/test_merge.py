@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from affina.errors import ExportError, ModelError
 from affina.export import merge as merge_module
+from affina.export import output as output_module
 from affina.export.merge import merge
 from affina.models.adapters import attach_adapter, save_adapter
-from affina.models.load import load_causal_lm, save_quantized
+from affina.models.load import load_causal_lm
+from affina.models.quantized_checkpoint import save_quantized
 from affina.models.safetensors_file import read_header
-from affina.models.weights import Fp8Options, Int8Options, Nf4Options
+from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options
 from tests.models.tiny import VOCABULARY, qwen3_config, random_model, randomize_adapter, save
 
 IDS = torch.arange(20).unsqueeze(0) * 5 % VOCABULARY
@@ -94,8 +96,8 @@ def test_large_results_are_sharded(base, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "least", "most"),
     # Weights are off by 9%, 2.7% and 0.7% of their spread; two layers add up what seven weights each contribute.
-    [(Nf4Options(), 0.02, 0.5), (Fp8Options(), 0.005, 0.15), (Int8Options(), 0.001, 0.05)],
-    ids=["nf4", "fp8", "int8"],
+    [(Nf4Options(), 0.02, 0.5), (Fp4Options(), 0.02, 0.7), (Fp8Options(), 0.005, 0.15), (Int8Options(), 0.001, 0.05)],
+    ids=["nf4", "fp4", "fp8", "int8"],
 )
 def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_dense_one(base, tmp_path, options, least, most):
     directory, _ = make_adapter(base, tmp_path / "adapter", weight_format=options)
@@ -115,11 +117,15 @@ def test_an_adapter_trained_with_an_int8_vocabulary_is_merged_into_the_original_
     assert "trained against the int8-vocabulary base" in report.notes[-1]
 
 
-def test_a_base_that_exists_only_in_four_bits_is_expanded(base, adapter, tmp_path):
-    quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=Nf4Options())
+@pytest.mark.parametrize(
+    "options", [Nf4Options(), Fp4Options(), Int8Options(), Fp8Options()], ids=["nf4", "fp4", "int8", "fp8"]
+)
+def test_a_base_that_exists_only_quantised_is_expanded(base, adapter, tmp_path, options):
+    quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=options)
     save_quantized(quantized, tmp_path / "base4")
     report = merge(str(tmp_path / "base4"), adapter[0], tmp_path / "merged", dtype="float32")
-    assert "stored in 4-bit" in report.notes[0]
+    assert f"stored in {options.name}" in report.notes[0]
+    assert all(spec.dtype == torch.float32 for spec in read_header(tmp_path / "merged/model.safetensors").values())
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert report.merge_error < 1e-5
 
@@ -207,7 +213,7 @@ def test_an_output_that_the_system_refuses_is_told_with_its_reason(base, adapter
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(merge_module.Path, "mkdir", refuse)
+    monkeypatch.setattr(output_module.Path, "mkdir", refuse)
     error = refusal(base, adapter[0], tmp_path)
     assert error.code == "output-not-writable"
     assert error.what == f"cannot write into {tmp_path}: permission denied"
@@ -221,7 +227,7 @@ def test_an_empty_directory_may_be_filled(base, adapter, tmp_path):
 
 def test_a_disk_that_is_too_small_is_found_first(base, adapter, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage)
     error = refusal(base, adapter[0], tmp_path)
     assert error.code == "disk-full"
     assert re.fullmatch(rf"the merged model needs \d+ KiB, {tmp_path} has 1000 bytes free", error.what)

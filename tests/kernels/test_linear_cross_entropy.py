@@ -211,10 +211,10 @@ def test_the_modules_import_where_triton_is_not_installed():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from affina.kernels import adamw, fp8, nf4\n"
+        "from affina.kernels import adamw, four_bit, fp8\nfrom affina.kernels.code_tables import NF4\n"
         "from affina.kernels.linear_cross_entropy import token_losses\n"
         "fp8.quantize_rows(torch.ones(2, 4)); adamw.gradient_norm(torch.ones(3))\n"
-        "nf4.quantize(torch.ones(2, 64)).dequantize()\n"
+        "four_bit.quantize(torch.ones(2, 64), NF4).dequantize()\n"
         "print(token_losses(torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

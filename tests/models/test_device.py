@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from affina.errors import ModelError
+from affina.kernels import fp8
 from affina.models import device as device_module
 from affina.models.device import (
+    check_fp8,
     choose_device,
     choose_precision,
     describe_device,
@@ -82,3 +84,44 @@ def test_memory_of_the_process_is_reported():
     stats = memory_stats(CPU)
     assert 0 < stats.used_bytes <= stats.peak_bytes < stats.total_bytes
     assert describe_device(CPU).startswith("CPU (")
+
+
+# 8-bit floats
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_on_a_cpu_works_by_expanding_and_says_so():
+    note = check_fp8(CPU, torch.float32)
+    assert note.startswith("fp8: this CPU does not multiply 8-bit floats; weights take a byte each and are expanded")
+    assert "memory is saved, time is not, and int8 is more exact" in note
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiplies"), [((7, 5), False), ((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)]
+)
+def test_cards_before_8_9_expand_and_never_compile_a_kernel_for_it(monkeypatch, capability, multiplies):
+    # Triton has no conversion to e4m3 before 8.9: its compiler would stop the run with an error of its own.
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    card = torch.device("cuda")
+    assert fp8.has_matrix_units(card) == multiplies
+    assert fp8.can_convert_in_kernels(card) == multiplies
+    monkeypatch.setattr(device_module, "describe_device", lambda device: "Tesla T4 (14.6 GiB)")
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # there is no card here
+    note = check_fp8(card, torch.float16)
+    if multiplies:
+        assert note is None
+    else:
+        assert "this Tesla T4 does not multiply 8-bit floats (CUDA cards since 8.9: Ada, Hopper)" in note
+
+
+def test_a_device_without_8_bit_floats_is_refused_with_what_works(monkeypatch):
+    def refuse(*arguments, **options):
+        raise TypeError("Trying to convert Float8_e4m3fn to the MPS backend")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(ModelError) as caught:
+        check_fp8(torch.device("mps"), torch.float32)
+    assert caught.value.code == "fp8-unsupported"
+    assert "Apple GPU (Metal) has no 8-bit floating point" in caught.value.what
+    assert "quantization: int8" in caught.value.fix

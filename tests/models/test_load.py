@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from affina.errors import ModelError
 from affina.models.compat import quiet_loading
-from affina.models.load import describe_model, load_causal_lm, load_notes, save_quantized
+from affina.models.load import describe_model, load_causal_lm, load_notes
+from affina.models.quantized_checkpoint import save_quantized
 from affina.models.safetensors_file import PlannedTensor, write_sharded
 from affina.models.weights import (
+    Fp4Options,
     Fp8Options,
     Int8Options,
     Nf4Linear,
@@ -60,8 +62,8 @@ def test_a_dense_model_equals_what_transformers_loads(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [Nf4Options(), Nf4Options(double_quantization=False), Fp8Options(), Int8Options()],
-    ids=["nf4", "nf4, single", "fp8", "int8"],
+    [Nf4Options(), Nf4Options(double_quantization=False), Fp4Options(), Fp8Options(), Int8Options()],
+    ids=["nf4", "nf4, single", "fp4", "fp8", "int8"],
 )
 def test_quantising_while_reading_equals_quantising_afterwards(folder, options):
     streamed = load(folder, weight_format=options)
@@ -188,7 +190,7 @@ def test_eight_bits_asked_of_a_four_bit_checkpoint_have_no_effect_and_it_says_so
     loaded = load(ours, weight_format=Int8Options())
     assert {format_of(layer).name for layer in quantized_layers(loaded)} == {"nf4"}
     assert load_notes(loaded) == (
-        "the checkpoint is stored in 4-bit NF4 and stays in it; int8 was asked for and has no effect",
+        "the checkpoint is stored in nf4 and stays in it; int8 was asked for and has no effect",
     )
 
 
@@ -208,7 +210,7 @@ def test_transformers_with_bitsandbytes_loads_what_we_write(pair):
 
 
 def test_saving_a_dense_model_in_four_bits_is_refused(folder, tmp_path):
-    with pytest.raises(ModelError, match="has no NF4 layers"):
+    with pytest.raises(ModelError, match="has no quantised layers"):
         save_quantized(load(folder), tmp_path)
 
 
@@ -443,7 +445,7 @@ def test_missing_tensors_are_refused_rather_than_random(copy, weight_format):
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed-tensors"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "bitsandbytes"),
     ],
 )
 @pytest.mark.parametrize("weight_format", [None, Fp8Options(), Int8Options()], ids=["as it is", "fp8", "int8"])

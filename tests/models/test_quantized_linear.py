@@ -19,6 +19,7 @@ from affina.models.weights import (
     FP8,
     INT8,
     NF4,
+    Fp4Options,
     Fp8Linear,
     Fp8Options,
     Int8Linear,
@@ -31,7 +32,7 @@ from affina.models.weights import (
     quantize_linears,
 )
 
-OPTIONS: list[WeightFormatOptions] = [Nf4Options(), Fp8Options(), Int8Options()]
+OPTIONS: list[WeightFormatOptions] = [Nf4Options(), Fp4Options(), Fp8Options(), Int8Options()]
 ROW_SCALED: list[WeightFormatOptions] = [Fp8Options(), Int8Options()]
 KERNELS = {"fp8": fp8, "int8": int8}
 
@@ -181,6 +182,7 @@ def test_formats_describe_their_layers(options):
 def test_bytes_are_those_of_codes_and_scales():
     sizes = {option.name: format_of(layer := layers(option)[0]).num_bytes(layer) for option in OPTIONS}
     assert sizes["fp8"] == sizes["int8"] == 70 * 96 + 70 * 4
+    assert sizes["fp4"] == sizes["nf4"]
     assert sizes["nf4"] < 70 * 96 * 4 / 7
 
 

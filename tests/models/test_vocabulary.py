@@ -14,7 +14,8 @@ from affina.errors import ModelError
 from affina.kernels import int8
 from affina.models.adapters import attach_adapter, base_identity, load_adapter, save_adapter
 from affina.models.forward import supervised_loss, supervised_token_losses, verified_head
-from affina.models.load import describe_model, load_causal_lm, load_notes, save_quantized
+from affina.models.load import describe_model, load_causal_lm, load_notes
+from affina.models.quantized_checkpoint import save_quantized
 from affina.models.weights import (
     Fp8Options,
     Int8Embedding,

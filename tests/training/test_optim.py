@@ -13,7 +13,7 @@ from torch import nn
 
 from affina.errors import TrainingError
 from affina.training.loop import apply_gradients
-from affina.training.optim import FlatAdamW, OptimizerOptions, build_optimizer
+from affina.training.optim import FlatAdamW, OptimizerOptions, build_optimizer, describe_saving, moment_bytes
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -40,7 +40,6 @@ def test_the_first_adamw_step_is_the_formula() -> None:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
-@pytest.mark.filterwarnings("ignore:.*[Pp]aged.*")
 def test_8_bit_adamw_follows_adamw(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     # bitsandbytes quantises states of at least 4,096 elements
@@ -129,3 +128,72 @@ def test_8_bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.Mon
     assert caught.value.code == "optimizer-unavailable"
     assert caught.value.what == 'training.optimizer "adamw_8bit" needs bitsandbytes, which is not installed'
     assert 'pip install "affina[gpu]"' in str(caught.value.fix)
+
+
+# What 8-bit moments save
+# ----------------------------------------------------------------------------------------------------
+
+QWEN3_4B = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560), (2560, 9728)]
+"""(out, in) of the linear layers q, k, v, o, gate, up, down; 36 layers."""
+
+
+def lora_sizes(rank: int, shapes: list[tuple[int, int]], num_layers: int = 36) -> list[int]:
+    """Elements of A and B of every layer."""
+    return [rank * side for rows, columns in shapes for side in (columns, rows)] * num_layers
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_parameters", "full", "kept"),
+    [
+        # 8 bytes an element; 2 and 8 / 256 of it, and 2,048 for the two tables. All matrices fill whole blocks.
+        (lora_sizes(16, QWEN3_4B), 33_030_144, 264_241_152, 67_094_528),
+        (lora_sizes(64, QWEN3_4B), 132_120_576, 1_056_964_608, 268_371_968),
+        (lora_sizes(8, [QWEN3_4B[0], QWEN3_4B[2]]), 2_949_120, 23_592_960, 5_992_448),
+        # IA3: a vector for each k, v (1,024 elements: 32-bit moments) and down (9,728: 8-bit).
+        ([1024, 1024, 9728] * 36, 423_936, 3_391_488, 589_824 + 711_360 + 2_048),
+    ],
+    ids=["all-linear r16", "all-linear r64", "q, v r8", "ia3"],
+)
+def test_bytes_of_moments_are_parameters_times_bytes(
+    sizes: list[int], num_parameters: int, full: int, kept: int
+) -> None:
+    assert sum(sizes) == num_parameters
+    assert moment_bytes(sizes, "adamw") == full
+    assert moment_bytes(sizes, "adamw_8bit") == moment_bytes(sizes, "paged_adamw_8bit") == kept
+
+
+@needs_bitsandbytes
+def test_bytes_of_8_bit_moments_are_those_that_bitsandbytes_keeps() -> None:
+    shapes = [(64, 64), (70, 99), (16, 100), (5000,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = build_optimizer(parameters, OptimizerOptions(kind="adamw_8bit"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = {
+        value.data_ptr(): value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert sum(tensors.values()) == moment_bytes([parameter.numel() for parameter in parameters], "adamw_8bit")
+
+
+def test_a_small_saving_is_told_with_the_advice_to_stay_exact() -> None:
+    said = describe_saving(lora_sizes(16, QWEN3_4B), "paged_adamw_8bit", model_bytes=2_650_000_000)
+    assert said == (
+        "training.optimizer paged_adamw_8bit keeps 64 MiB of moments where adamw would keep 252 MiB: it saves 188 MiB "
+        "beside a model of 2.47 GiB; adamw is exact and as good here"
+    )
+    large = describe_saving(lora_sizes(64, QWEN3_4B), "adamw_8bit", model_bytes=2_650_000_000)
+    assert large is not None
+    assert large.endswith("it saves 752 MiB beside a model of 2.47 GiB")
+    assert describe_saving([4096], "adamw", model_bytes=1) is None
+
+
+@needs_bitsandbytes
+def test_paged_moments_on_a_cpu_are_8_bit_moments_without_a_warning() -> None:
+    import bitsandbytes
+
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(8))], OptimizerOptions(kind="paged_adamw_8bit"))
+    assert type(optimizer) is bitsandbytes.optim.AdamW8bit

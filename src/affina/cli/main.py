@@ -61,6 +61,7 @@ VERBS: dict[str, Verb] = {
         Verb("eval", "Measure a run's adapter against its base on the validation records."),
         Verb("chat", "Talk to a run's model; /base compares with the model it came from."),
         Verb("merge", "Write the adapter into the base model, and prove that the two agree."),
+        Verb("quantize", "Write a model in 4 or 8 bits, prove it, and measure what it costs."),
         Verb("runs", "List runs, or compare two of them."),
         Verb("config-schema", "Print the JSON Schema of the config, for editors."),
     )
@@ -221,7 +222,7 @@ def _system_error(error: OSError) -> AffinaError | None:
                 "no-permission",
                 f"the system does not allow this{file}",
                 why=(error.strerror or "").lower() or None,
-                fix="check who owns it; where results go is output.directory, -o for merge, data.cache_directory "
-                "for prepared data",
+                fix="check who owns it; where results go is output.directory, -o for merge and quantize, "
+                "data.cache_directory for prepared data",
             )
     return None

@@ -146,7 +146,7 @@ FOREIGN_KEYS: dict[str, str] = {
 
 FOREIGN_ANSWERS: dict[str, str] = {
     "load_in_4bit": "write `quantization: nf4`",
-    "bnb_4bit_quant_type": "write `quantization: nf4`",
+    "bnb_4bit_quant_type": "write `quantization: nf4` or `quantization: fp4`",
     "quantization_bit": "write `quantization: nf4` for 4 bits, `quantization: int8` for 8",
     "load_in_8bit": "write `quantization: int8`",
     "use_rslora": "write `adapter: rslora`",
@@ -180,7 +180,8 @@ FOREIGN_ANSWERS: dict[str, str] = {
 
 FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "quantization.method": {
-        **dict.fromkeys(("4bit", "4-bit", "int4", "bnb", "bnb-4bit", "bitsandbytes", "qlora", "true", "fp4"), "nf4"),
+        **dict.fromkeys(("4bit", "4-bit", "int4", "bnb", "bnb-4bit", "bitsandbytes", "qlora", "true"), "nf4"),
+        **dict.fromkeys(("bnb-fp4", "bnb_fp4", "float4"), "fp4"),
         **dict.fromkeys(("8bit", "8-bit", "bnb-8bit", "llm_int8", "w8a16"), "int8"),
         **dict.fromkeys(("float8", "e4m3", "fp8_e4m3", "float8_e4m3fn"), "fp8"),
         **dict.fromkeys(("false", "no", "off", "16bit", "bf16", "fp16", "bfloat16", "float16"), "none"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.origins import Note
 from affina.config.paths import BUILT_IN_PREFIX
-from affina.config.rules import Settings
+from affina.config.rules import FOUR_BIT_METHODS, Settings
 
 HIGH_LEARNING_RATE = 1e-3
 """Twice the highest of the sweeps that LoRA studies used on models of billions of parameters (1e-5 to 5e-4)."""
@@ -40,7 +40,7 @@ def _no_effect(settings: Settings, path: str, why: str) -> Iterator[Note]:
 
 def _quantization(settings: Settings) -> Iterator[Note]:
     method = settings.config.quantization.method
-    if method == "nf4":
+    if method in FOUR_BIT_METHODS:
         return
     names = ("double_quantization", "scale_search") + (("skip_modules",) if method == "none" else ())
     for name in names:

@@ -20,6 +20,8 @@ from affina.config.schema import RunConfig, SourceConfig
 from affina.errors import ConfigError, Location
 
 MAX_RANK = 1024
+FOUR_BIT_METHODS = ("nf4", "fp4")
+"""Values of quantization.method with block scales."""
 """Wider than any published use: code and mathematics at scale used 256 (Biderman et al., arXiv 2405.09673)."""
 
 MAX_SCALE = 64.0
@@ -129,16 +131,16 @@ def _streaming_deduplicate(settings: Settings) -> ConfigError | None:
 
 
 @reads("quantization.scale_search", "quantization.method")
-def _scale_search_without_nf4(settings: Settings) -> ConfigError | None:
+def _scale_search_without_4bit(settings: Settings) -> ConfigError | None:
     quantization = settings.config.quantization
-    if not quantization.scale_search or quantization.method == "nf4":
+    if not quantization.scale_search or quantization.method in FOUR_BIT_METHODS:
         return None
     if not settings.wrote("quantization.scale_search"):
         return None  # a preset's choice that the user's `quantization: none` overrules; notes.py says so
     return ConfigError(
-        "scale-search-without-nf4",
+        "scale-search-without-4bit",
         f"quantization.scale_search is true and quantization.method is {quantization.method}",
-        why="only nf4 has block scales that can be searched",
+        why="only nf4 and fp4 have block scales that can be searched",
         fix="write `method: nf4`, or remove scale_search",
         where=settings.where("quantization.scale_search"),
     )

@@ -46,19 +46,19 @@ class ModelConfig(Section):
 class QuantizationConfig(Section):
     """The format of the frozen weights. `quantization: nf4` with `adapter: lora` is QLoRA."""
 
-    method: Literal["none", "nf4", "fp8", "int8"] = Field(
+    method: Literal["none", "nf4", "fp4", "int8", "fp8"] = Field(
         default="none",
         description="Weight format of the frozen linear layers; bytes per weight, and error as a share of the weights' "
-        "spread: none 2 bytes (in 16 bits) and no error, int8 1 and 0.8%, fp8 (e4m3) 1 and 2.6%, nf4 0.52 and 9.2%. "
-        "Take nf4 when memory is short.",
+        "spread: none 2 bytes (bf16, fp16; 4 in fp32) and no error, int8 1 and 0.8%, fp8 (e4m3) 1 and 2.6%, nf4 0.52 "
+        "and 9.2%, fp4 0.52 and 12.2%. Take nf4 when memory is short.",
     )
     double_quantization: bool = Field(
-        default=True, description="Of nf4: quantise the block scales too: 4.127 instead of 4.5 bits per weight."
+        default=True, description="Of nf4 and fp4: quantise the block scales too: 4.127 instead of 4.5 bits per weight."
     )
     scale_search: bool = Field(
         default=False,
-        description="Of nf4: search each block's scale for the least squared error: same format, 6.6% less error, "
-        "slower load. Turn it on when the tuned model falls short of a 16-bit one.",
+        description="Of nf4 and fp4: search each block's scale for the least squared error: same format, 7% less "
+        "error, slower load. Turn it on when the tuned model falls short of a 16-bit one.",
     )
     skip_modules: tuple[str, ...] = Field(
         default=("lm_head",),

@@ -15,7 +15,7 @@ from torch import nn
 from affina.config.schema import EvaluationConfig, RunConfig
 from affina.data.collate import collate
 from affina.data.run_data import RunData
-from affina.data.samples import Sample
+from affina.data.samples import Sample, SampleStore
 from affina.data.templates import ChatTemplate
 from affina.data.tokenizer import LoadedTokenizer
 from affina.evaluation.chat import ChatSession, Decode
@@ -222,6 +222,11 @@ def _as_wanted(model: nn.Module, use_adapter: bool) -> AbstractContextManager[No
 
 def _room(max_new_tokens: int, context: int | None, prompt_tokens: int) -> int:
     return max_new_tokens if context is None else min(max_new_tokens, context - prompt_tokens)
+
+
+def draw_samples(store: SampleStore, count: int, seed: int) -> list[Sample]:
+    """At most `count` samples, drawn with `seed`, in their order."""
+    return store.take(_draw(len(store), count, seed))
 
 
 def _draw(num_all: int, num_wanted: int, seed: int, *, is_sorted: bool = True) -> list[int]:

@@ -10,7 +10,6 @@ compared with those of base and adapter: an export whose effect vanished fails, 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from affina.errors import ExportError
-from affina.kernels.nf4 import STATE_SUFFIXES, Nf4Tensor
+from affina.export.output import check_output, check_space, copy_companions
+from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import AdapterInfo, adapter_disabled, base_identity, load_adapter, read_adapter_info
 from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
-from affina.models.forward import evaluation_mode
 from affina.models.load import load_causal_lm
+from affina.models.quantized_checkpoint import StoredWeights, options_of_checkpoint
 from affina.models.safetensors_file import (
     PlannedTensor,
     TensorSpec,
@@ -36,25 +36,12 @@ from affina.models.safetensors_file import (
     read_tensor,
     write_sharded,
 )
-from affina.models.structure import base_model_of, text_config
+from affina.models.structure import base_model_of
 from affina.models.weights import WeightFormatOptions
 from affina.runs.atomic import new_directory
-from affina.runs.units import format_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROVENANCE_FILE = "affina.json"
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 _MAX_SHARD_BYTES = 4 * 1000**3
 _FLOAT32_PROOF_BYTES = 6 * 2**30
 
@@ -129,7 +116,7 @@ def merge(
     merge-unverified (the result differs by more than rounding); ModelError when base or adapter cannot be used.
     """
     target, target_dtype = Path(output), _dtype_named(dtype)
-    _check_output(target)
+    check_output(target, why="a merge never overwrites")
     folder = resolve_model_folder(base, revision=revision, with_code=trust_remote_code)
     specs, raw_config, info = checkpoint_tensors(folder), read_config(folder), read_adapter_info(adapter)
     _check_space(target, specs, target_dtype)
@@ -139,20 +126,23 @@ def merge(
     notes: list[str] = []
 
     with_adapter = load_adapter(load(base, proof_dtype, None), info.directory)
-    expected, of_base = _logits(with_adapter, prompts), _logits_of_base(with_adapter, prompts)
+    expected, of_base = logits_of(with_adapter, prompts), _logits_of_base(with_adapter, prompts)
     identity = base_identity(with_adapter)
     transposed = _transposed_layers(base_model_of(with_adapter))
     del with_adapter
 
     with new_directory(target) as temporary:
-        if raw_config.get("quantization_config") is not None:
+        stored = StoredWeights(specs, None)
+        if (quantization := raw_config.get("quantization_config")) is not None:
+            options = options_of_checkpoint(quantization, base)
+            stored = StoredWeights(specs, options.layer)
             notes.append(
-                "the base is stored in 4-bit: its weights were expanded before merging; "
+                f"the base is stored in {options.name}: its weights were expanded before merging; "
                 "the original base would be more exact"
             )
         merger = _Merger(info, read_adapter_tensors(info.directory), transposed, target_dtype)
         if merger.fits(specs):
-            planned = list(merger.plan(specs))
+            planned = list(merger.plan(stored))
             files = write_sharded(temporary, planned, max_shard_bytes=max_shard_bytes)
             num_tensors = len(planned)
             num_bytes = sum(tensor.num_bytes for tensor in planned)
@@ -165,18 +155,18 @@ def merge(
             written = checkpoint_tensors(temporary)
             num_tensors, num_bytes = len(written), sum(spec.num_bytes for spec in written.values())
         _write_config(temporary, raw_config, dtype)
-        _copy_companions(folder, temporary, with_code=trust_remote_code)
+        copy_companions(folder, temporary, with_code=trust_remote_code)
         _write_provenance(temporary, info, identity, dtype)
 
-        merged = _logits(load(str(temporary), proof_dtype, None), prompts)
+        merged = logits_of(load(str(temporary), proof_dtype, None), prompts)
         differences = _compare(merged, expected, of_base)
         _prove(differences, target_dtype, dtype)
 
         quantized_difference = None
         if trained_weight_format is not None or trained_int8_vocabulary:
             trained_base = load(base, proof_dtype, trained_weight_format, trained_int8_vocabulary)
-            trained = _logits(load_adapter(trained_base, info.directory), prompts)
-            quantized_difference = _rms(merged - trained) / _spread(expected)
+            trained = logits_of(load_adapter(trained_base, info.directory), prompts)
+            quantized_difference = rms(merged - trained) / spread_of(expected)
             kind = trained_weight_format.name.upper() if trained_weight_format is not None else "int8-vocabulary"
             notes.append(
                 f"the adapter was trained against the {kind} base and is merged into the original one: its logits "
@@ -211,37 +201,9 @@ def _dtype_named(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _check_output(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(
-            "output-exists",
-            f"{target} already holds something",
-            why="a merge never overwrites",
-            fix="name a new directory with -o",
-        )
-    parent = target.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            target.rmdir()  # an empty one is as good as none; the rename at the end needs the name free
-    except OSError as error:
-        reason = "it is a file" if parent.is_file() else (error.strerror or type(error).__name__).lower()
-        raise ExportError(
-            "output-not-writable",
-            f"cannot write into {parent}: {reason}",
-            fix="name a directory that you may write to with -o",
-        ) from error
-
-
 def _check_space(target: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> None:
     needed = sum(_num_elements(spec) * dtype.itemsize for spec in specs.values())
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise ExportError(
-            "disk-full",
-            f"the merged model needs {format_bytes(needed)}, {target.parent} has {format_bytes(free)} free",
-            fix="free space, or name a directory on another disk with -o",
-        )
+    check_space(target, needed, what="the merged model")
 
 
 def _num_elements(spec: TensorSpec) -> int:
@@ -298,23 +260,18 @@ class _Merger:
         """Whether every adapted layer is a tensor of its own in the checkpoint."""
         return all(f"{layer}.weight" in specs for layer in self.pairs)
 
-    def plan(self, specs: Mapping[str, TensorSpec]) -> Iterator[PlannedTensor]:
+    def plan(self, stored: StoredWeights) -> Iterator[PlannedTensor]:
         """Every tensor of the result, in the order of the files, to be made when it is written."""
-        for name, spec in specs.items():
-            if any(name.endswith(f".{suffix}") for suffix in STATE_SUFFIXES):
-                continue
-            shape, is_float = spec.shape, spec.dtype.is_floating_point
-            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
-                shape, is_float = _quantized(name, specs).shape, True
-            dtype = self.dtype if is_float else spec.dtype
-            yield PlannedTensor(name, dtype, shape, self._maker(name, specs))
+        for name in stored.names():
+            spec, quantized = stored.specs[name], stored.quantized(name)
+            shape = quantized.shape if quantized is not None else spec.shape
+            is_float = quantized is not None or spec.dtype.is_floating_point
+            yield PlannedTensor(name, self.dtype if is_float else spec.dtype, shape, self._maker(name, stored))
 
-    def _maker(self, name: str, specs: Mapping[str, TensorSpec]) -> Callable[[], Tensor]:
+    def _maker(self, name: str, stored: StoredWeights) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            if f"{name}.{STATE_SUFFIXES[-1]}" in specs:
-                weight = _quantized(name, specs).dequantize(torch.float32)
-            else:
-                weight = read_tensor(specs[name])
+            quantized = stored.quantized(name)
+            weight = quantized.dequantize(torch.float32) if quantized is not None else read_tensor(stored.specs[name])
             return self.merged(name.removesuffix(".weight"), weight)
 
         return make
@@ -328,11 +285,6 @@ class _Merger:
         if layer in self.transposed:
             update = update.t()
         return (weight.float() + update).to(self.dtype)
-
-
-def _quantized(name: str, specs: Mapping[str, TensorSpec]) -> Nf4Tensor:
-    state = {suffix: read_tensor(specs[f"{name}.{suffix}"]) for suffix in STATE_SUFFIXES if f"{name}.{suffix}" in specs}
-    return Nf4Tensor.from_state(state | {"": read_tensor(specs[name])}, name)
 
 
 def _transposed_layers(base: PreTrainedModel) -> frozenset[str]:
@@ -358,14 +310,6 @@ def _write_config(folder: Path, raw: Mapping[str, Any], dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, folder: Path, *, with_code: bool) -> None:
-    """Tokenizer, template, generation settings, licence: all that is small and not weights."""
-    patterns = (*_COPIED, "*.py") if with_code else _COPIED
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-
-
 def _write_provenance(folder: Path, info: AdapterInfo, identity: Mapping[str, Any], dtype: str) -> None:
     content = {
         "merged": True,
@@ -382,53 +326,10 @@ def _write_provenance(folder: Path, info: AdapterInfo, identity: Mapping[str, An
 # Proving
 # ---------------------------------------------------------------------------------------------------------------
 
-_SENTENCES = (
-    "The quick brown fox jumps over the lazy dog, and then it asks for its invoice.",
-    "Buongiorno, vorrei sapere quando arriva il mio ordine numero 48213.",
-    '{"name": "affina", "values": [1, 2, 3]} is a small JSON object.',
-    "def add(a, b):\n    return a + b\n",
-)
-
-
-def text_vocabulary(raw_config: Mapping[str, Any]) -> int:
-    """Size of the vocabulary from a raw config, also of one with a nested text model."""
-    nested = raw_config.get("text_config")
-    size = raw_config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
-    return int(size or 256)
-
-
-def default_probes(folder: Path, vocabulary_size: int) -> list[list[int]]:
-    """Token ids of a few sentences, as plain text and as chat, or spread ids where there is no tokenizer."""
-    probes: list[list[int]] = [[(i * 7919 + 11) % vocabulary_size for i in range(32)]]
-    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
-        return probes
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    probes += [tokenizer(sentence, add_special_tokens=True)["input_ids"] for sentence in _SENTENCES]
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": _SENTENCES[1]}]
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        probes.append(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    return [probe for probe in probes if probe]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """[P, V] float32 logits of all positions of all probes, on the CPU."""
-    base = base_model_of(model)
-    size = text_config(base).vocab_size
-    rows = []
-    with evaluation_mode(model):
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=base.device)
-            rows.append(model(input_ids=ids, use_cache=False).logits[0, :, :size].float().cpu())
-    return torch.cat(rows)
-
 
 def _logits_of_base(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
     with adapter_disabled(model):
-        return _logits(model, prompts)
+        return logits_of(model, prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,21 +344,13 @@ class _Differences:
 
 
 def _compare(merged: Tensor, expected: Tensor, of_base: Tensor) -> _Differences:
-    spread = _spread(expected)
+    spread = spread_of(expected)
     return _Differences(
-        effect=_rms(expected - of_base) / spread,
-        error=_rms(merged - expected) / spread,
+        effect=rms(expected - of_base) / spread,
+        error=rms(merged - expected) / spread,
         max_error=float((merged - expected).abs().max()) / spread,
-        left=_rms(merged - of_base) / spread,
+        left=rms(merged - of_base) / spread,
     )
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
-
-
-def _spread(logits: Tensor) -> float:
-    return max(float(logits.double().std()), 1e-12)
 
 
 def _prove(differences: _Differences, dtype: torch.dtype, name: str) -> None:

@@ -50,6 +50,16 @@ GEMM_MULTIPLE = 16
 """Matrix units take sizes N and K that are multiples of this; M is free."""
 
 
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3: NVIDIA since compute capability 8.9 (Ada, Hopper)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def can_convert_in_kernels(device: torch.device) -> bool:
+    """Whether Triton compiles a conversion to e4m3 for the device; PyTorch's own conversion runs on every card."""
+    return device.type != "cuda" or has_matrix_units(device)
+
+
 @torch.no_grad()
 def quantize_rows(
     x: Tensor,
@@ -82,7 +92,7 @@ def quantize_rows(
     assert beside is None or beside.shape[1] <= 1 or beside.stride(1) == 1, "the numbers of a row must lie side by side"
     if codes.numel() == 0:
         return codes, scale.fill_(1.0)
-    if not use_triton(x):
+    if not (use_triton(x) and can_convert_in_kernels(x.device)):
         _quantize_rows(x if beside is None else torch.cat([x, beside], dim=1), column_factor, codes, scale)
         return codes, scale
     from affina.kernels.triton import fp8 as kernel

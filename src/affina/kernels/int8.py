@@ -26,6 +26,8 @@ quantises weights looks at the scales.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,11 +55,30 @@ def quantize_rows(x: Tensor, *, out: Tensor | None = None, scale_out: Tensor | N
         return codes, scale.fill_(1.0)
     maximum = x.abs().amax(dim=1).float()
     clamped = maximum.clamp(min=SMALLEST_MAXIMUM)
-    # Tensor by tensor: PyTorch divides a tensor by a number, or a number by it, as a product with a rounded reciprocal.
     largest = torch.full_like(clamped, LARGEST)
-    scale.copy_(torch.where(maximum == 0, torch.ones_like(maximum), clamped / largest))
+    scale.copy_(torch.where(maximum == 0, torch.ones_like(maximum), scale_of(clamped)))
     codes.copy_((x.float() * (largest / clamped).unsqueeze(1)).round_())
     return codes, scale
+
+
+def scale_of(maximum: Tensor) -> Tensor:
+    """t / 127 for maxima t, float32."""
+    # Tensor by tensor: PyTorch divides a tensor by a number, or a number by it, as a product with a rounded reciprocal.
+    return maximum / torch.full_like(maximum, LARGEST)
+
+
+def maxima_of(scale: Tensor) -> Tensor:
+    """Maxima t with `scale_of(t)` equal to `scale` bit for bit: what files hold.
+
+    s · 127 is off by less than two units in the last place (one rounding of the quotient, one of the product), so t is
+    it or one of its neighbours.
+    """
+    product = scale * LARGEST
+    maxima = product
+    for neighbour in (math.inf, 0.0):
+        candidate = torch.nextafter(product, torch.full_like(product, neighbour))
+        maxima = torch.where(scale_of(maxima) == scale, maxima, candidate)
+    return maxima
 
 
 @torch.no_grad()

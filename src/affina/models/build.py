@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,13 +16,16 @@ from affina.config.schema import RunConfig
 from affina.errors import ModelError
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
 from affina.models.compat import enable_recomputation
-from affina.models.device import choose_device, choose_precision, describe_device
+from affina.models.device import check_fp8, choose_device, choose_precision, describe_device, free_bytes
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.forward import isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
+from affina.models.quantized_checkpoint import options_of_checkpoint
 from affina.models.structure import text_config
 from affina.models.weights import (
+    Fp4Options,
+    Fp8Linear,
     Fp8Options,
     Int8Options,
     Nf4Options,
@@ -70,6 +72,10 @@ def check_before_data(config: RunConfig) -> None:
         choose_precision(config.training.precision, device)
     model = config.model
     raw_config = check_causal_lm(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    stored = raw_config.get("quantization_config")
+    options = options_of_checkpoint(stored, model.path) if stored is not None else weight_format(config)
+    if options is not None and options.layer is Fp8Linear:
+        check_fp8(device, torch.float32)
     context = context_tokens(raw_config)
     if context is not None and config.data.max_length > context:
         raise longer_than_context(config, context)
@@ -125,7 +131,8 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
         cache_dequantized_bytes=0 if is_lowest or device.type != "cpu" else DENSE_CACHE_BYTES,
         quantizes_vocabulary=is_lowest,
     )
-    notes = [note for note in (precision_note, *load_notes(base)) if note]
+    fp8_note = check_fp8(device, dtype) if any(isinstance(x, Fp8Linear) for x in quantized_layers(base)) else None
+    notes = [note for note in (precision_note, fp8_note, *load_notes(base)) if note]
     return base, device, notes
 
 
@@ -138,7 +145,8 @@ def weight_format(config: RunConfig) -> WeightFormatOptions | None:
         return Fp8Options(skip_modules=quantization.skip_modules)
     if quantization.method == "int8":
         return Int8Options(skip_modules=quantization.skip_modules)
-    return Nf4Options(
+    kind = Nf4Options if quantization.method == "nf4" else Fp4Options
+    return kind(
         double_quantization=quantization.double_quantization,
         scale_search=quantization.scale_search,
         skip_modules=quantization.skip_modules,
@@ -231,13 +239,7 @@ def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch
         bytes_per_value=base.dtype.itemsize,
     )
     # Half of the free memory is left for logits, gradients, optimiser state and fragmentation.
-    return kept > 0.5 * _free_bytes(device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return kept > 0.5 * free_bytes(device)
 
 
 def activation_bytes(

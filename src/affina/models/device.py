@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from affina.errors import ModelError
+from affina.kernels import fp8
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
@@ -79,6 +80,30 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype,
     return dtype, None
 
 
+def check_fp8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is worth knowing about weights in e4m3 on the device; None where its matrix units take them.
+
+    Raises ModelError[fp8-unsupported] where the device has no 8-bit floats at all.
+    """
+    if fp8.has_matrix_units(device):
+        return None
+    try:
+        torch.zeros(1, dtype=fp8.E4M3, device=device).to(dtype)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            "fp8-unsupported",
+            f"the base is to be kept in fp8, and {describe_device(device)} has no 8-bit floating point",
+            why=str(error).splitlines()[0],
+            fix="write `quantization: int8`: one byte per weight too, and a third of the error",
+        ) from error
+    kind = describe_device(device).split(" (")[0]
+    needed = " (CUDA cards since 8.9: Ada, Hopper)" if device.type == "cuda" else ""
+    return (
+        f"fp8: this {kind} does not multiply 8-bit floats{needed}; weights take a byte each and are expanded for every "
+        "product: memory is saved, time is not, and int8 is more exact in the same space"
+    )
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware: CUDA since Ampere, CPUs with AVX512-BF16, AMX or
     SVE-BF16."""
@@ -127,6 +152,13 @@ def memory_stats(device: torch.device) -> MemoryStats:
         )
     resident = psutil.Process().memory_info().rss
     return MemoryStats(resident, max(resident, _peak_resident_bytes()), psutil.virtual_memory().total)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the card, or of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -9,12 +9,10 @@ differ from the modules' (fused experts, missing prefixes) are loaded by transfo
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,28 +23,19 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from affina.errors import Location, ModelError
-from affina.kernels.nf4 import STATE_SUFFIXES, Nf4Tensor
 from affina.models.attention import register
 from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
-from affina.models.safetensors_file import (
-    PlannedTensor,
-    TensorSpec,
-    checkpoint_tensors,
-    read_tensor,
-    write_sharded,
-)
+from affina.models.quantized_checkpoint import layer_files, options_of_checkpoint
+from affina.models.safetensors_file import TensorSpec, checkpoint_tensors, read_tensor
 from affina.models.structure import base_model_of
 from affina.models.weights import (
     Int8Embedding,
-    Int8Head,
-    Nf4Linear,
-    Nf4Options,
+    QuantizedLinear,
     Vocabulary,
     WeightFormatOptions,
     cache_dequantized,
     format_of,
-    linear_layers,
     place_embedding,
     place_head,
     quantize_linears,
@@ -58,7 +47,6 @@ from affina.models.weights.quantized import replace_module
 
 logger = logging.getLogger(__name__)
 _NOTES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-_MAX_SHARD_BYTES = 5 * 1000**3
 
 
 def load_causal_lm(
@@ -77,9 +65,9 @@ def load_causal_lm(
 
     path:          a directory, a hub id, or affina/nano
     dtype:         of weights that are not quantised, and of the computation
-    weight_format: NF4, fp8 or int8 for the linear layers (never the head); None: as the checkpoint stores them. A
-                   checkpoint that is already in bitsandbytes' 4-bit NF4 stays in it, whatever is asked; bitsandbytes
-                   is not needed.
+    weight_format: NF4, FP4, fp8 or int8 for the linear layers (never the head); None: as the checkpoint stores them.
+                   A checkpoint that is already quantised (see `quantized_checkpoint`) stays as it is, whatever is
+                   asked; bitsandbytes is not needed.
     attention:     a name that transformers knows; "auto" leaves the choice to it
     cache_dequantized_bytes: quantised layers keep their dense weights if all of them fit this budget (see
                              `cache_dequantized`)
@@ -94,25 +82,26 @@ def load_causal_lm(
     folder = resolve_model_folder(path, revision=revision, with_code=trust_remote_code)
     raw_config = read_config(folder)
     specs = checkpoint_tensors(folder)
-    config = _auto_config(folder, raw_config, path, trust_remote_code)
+    config = auto_config(folder, raw_config, path, trust_remote_code)
     stored = raw_config.get("quantization_config")
-    options: WeightFormatOptions | None = weight_format
-    if stored is not None:
-        options = options_of_checkpoint(stored, path)
+    stored_options = options_of_checkpoint(stored, path) if stored is not None else None
+    if stored_options is not None:
         del config.quantization_config
     notes: list[str] = []
     build: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention != "auto":
         build["attn_implementation"] = attention
-    if options is None and not quantizes_vocabulary:
+    # What a quantised checkpoint left dense stays dense.
+    options = weight_format if stored_options is None else None
+    layer = stored_options.layer if stored_options is not None else None
+    if options is None and layer is None and not quantizes_vocabulary:
         model = _load_dense(folder, config, dtype, device, build)
     else:
-        # What a 4-bit checkpoint left dense stays dense.
-        target = _Target(dtype, device, options if stored is None else None, quantizes_vocabulary)
-        model = _load_quantized(folder, config, specs, target, build, notes, is_stored_quantized=stored is not None)
-    if stored is not None and not isinstance(weight_format, Nf4Options):
+        target = _Target(dtype, device, options, layer, quantizes_vocabulary)
+        model = _load_quantized(folder, config, specs, target, build, notes)
+    if stored_options is not None and (weight_format is None or weight_format.name != stored_options.name):
         ignored = f"; {weight_format.name} was asked for and has no effect" if weight_format is not None else ""
-        notes.append(f"the checkpoint is stored in 4-bit NF4 and stays in it{ignored}")
+        notes.append(f"the checkpoint is stored in {stored_options.name} and stays in it{ignored}")
     model.config._name_or_path = path
     model.eval().requires_grad_(False)
     if cache_dequantized_bytes:
@@ -133,7 +122,7 @@ def check_causal_lm(path: str, *, revision: str | None = None, trust_remote_code
     folder = resolve_model_folder(path, revision=revision, with_weights=False)
     raw_config = read_config(folder)
     if not trust_remote_code:  # the model's own code might have to be fetched first
-        _auto_config(folder, raw_config, path, trust_remote_code)
+        auto_config(folder, raw_config, path, trust_remote_code)
     if (stored := raw_config.get("quantization_config")) is not None:
         options_of_checkpoint(stored, path)
     if Path(path).expanduser().is_dir():
@@ -150,7 +139,8 @@ def load_notes(model: nn.Module) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def _auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+def auto_config(folder: Path, raw: Mapping[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The transformers config of a model directory; `path` is what the user called it. Raises ModelError."""
     where = Location(folder / "config.json")
     if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
         raise ModelError(
@@ -200,24 +190,6 @@ def _is_known(model_type: object) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
-
-
-def options_of_checkpoint(stored: Mapping[str, Any], path: str) -> Nf4Options:
-    """The options behind a checkpoint's `quantization_config`. Raises ModelError for anything but 4-bit NF4."""
-    method = stored.get("quant_method")
-    kind = stored.get("bnb_4bit_quant_type", "nf4")
-    if method != "bitsandbytes" or not stored.get("load_in_4bit") or kind != "nf4":
-        described = f"{method} {kind}" if stored.get("load_in_4bit") else str(method)
-        raise ModelError(
-            "quantization-unsupported",
-            f"{path} is stored quantised ({described})",
-            why="affina trains on bfloat16, float16, float32 and on bitsandbytes' 4-bit NF4",
-            fix="use the original model and set quantization.method: nf4",
-        )
-    return Nf4Options(
-        double_quantization=bool(stored.get("bnb_4bit_use_double_quant", False)),
-        skip_modules=tuple(stored.get("llm_int8_skip_modules") or ()),
-    )
 
 
 # Dense
@@ -292,12 +264,25 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What becomes of a checkpoint's tensors. options: for its linear layers, None: they stay as they are stored."""
+    """What becomes of a checkpoint's tensors.
+
+    options: how dense linear layers are quantised while they are read; None: they are not
+    stored:  the kind of layers that are quantised in the file already
+    """
 
     dtype: torch.dtype
     device: torch.device
     options: WeightFormatOptions | None
+    stored: type[QuantizedLinear] | None
     quantizes_vocabulary: bool
+
+
+def model_without_weights(config: PretrainedConfig, dtype: torch.dtype, build: Mapping[str, Any]) -> PreTrainedModel:
+    """The model's modules with parameters that take no memory."""
+    with _WeightsOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **build)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _load_quantized(
@@ -307,12 +292,8 @@ def _load_quantized(
     target: _Target,
     build: Mapping[str, Any],
     notes: list[str],
-    *,
-    is_stored_quantized: bool,
 ) -> PreTrainedModel:
-    with _WeightsOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=target.dtype, **build)
-    assert isinstance(model, PreTrainedModel)
+    model = model_without_weights(config, target.dtype, build)
     wanted = dict(model.named_parameters()) | _persistent_buffers(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [name for name in wanted if name not in specs and name not in tied]
@@ -320,7 +301,7 @@ def _load_quantized(
         model, "_keep_in_fp32_modules_strict", None
     )
     if missing or keeps_float32:
-        if is_stored_quantized:
+        if target.stored is not None:
             raise _missing(folder, missing)
         return _load_then_quantize(folder, config, target, build, notes)
     head = model.get_output_embeddings()
@@ -374,12 +355,12 @@ def _place(
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     is_weight = type(module) is nn.Linear and leaf == "weight"
-    state = {suffix: read_tensor(specs[f"{name}.{suffix}"]) for suffix in STATE_SUFFIXES if f"{name}.{suffix}" in specs}
-    if is_weight and state:
-        state[""] = read_tensor(spec)
-        quantized = Nf4Tensor.from_state(state, name)
-        _check_shape(name, quantized.shape, module.weight, spec.path)
-        replace_module(model, module_name, Nf4Linear(_moved(quantized, target.device), module.bias))
+    stored = target.stored
+    if is_weight and stored is not None and (files := layer_files(stored, module_name, specs)) is not None:
+        tensors = {key: read_tensor(part) for key, part in files.items()}
+        layer = stored.from_files(tensors, module_name, bias=module.bias, device=target.device)
+        _check_shape(name, (layer.out_features, layer.in_features), module.weight, spec.path)
+        replace_module(model, module_name, layer)
         return
     current = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
     _check_shape(name, spec.shape, current, spec.path)
@@ -405,21 +386,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(error.code, f"{name} holds NaN or infinity", why=error.why, fix=error.fix) from error
-
-
-def _moved(quantized: Nf4Tensor, device: torch.device) -> Nf4Tensor:
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return tensor.to(device) if tensor is not None else None
-
-    return Nf4Tensor(
-        quantized.codes.to(device),
-        quantized.absmax.to(device),
-        move(quantized.nested_absmax),
-        move(quantized.nested_offset),
-        quantized.shape,
-        quantized.dtype,
-        quantized.block_size,
-    )
 
 
 def _check_shape(name: str, stored: tuple[int, ...], current: Tensor, path: Path) -> None:
@@ -455,78 +421,6 @@ def _load_then_quantize(
         quantize_vocabulary(model)
     model.to(target.device)
     return model
-
-
-# Saving in 4 bits
-# ------------------------------------------------------------------------------------------------------
-
-
-def save_quantized(model: nn.Module, directory: Path | str, *, compute_dtype: torch.dtype | None = None) -> Path:
-    """Writes an NF4 model in bitsandbytes' 4-bit layout, which transformers + bitsandbytes load; returns the folder.
-
-    An adapter on `model` is not written. Raises ModelError when no layer is in NF4.
-    """
-    base = base_model_of(model)
-    layers = [layer for _, layer in linear_layers(base) if isinstance(layer, Nf4Linear)]
-    if not layers:
-        raise ModelError(
-            "quantization-unsupported",
-            "the model has no NF4 layers to save",
-            fix="load it with quantization.method: nf4",
-        )
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_sharded(folder, list(_planned_tensors(base)), max_shard_bytes=_MAX_SHARD_BYTES)
-    config = base.config.to_diff_dict()
-    config.pop("_name_or_path", None)
-    config["architectures"] = [type(base).__name__]
-    config["quantization_config"] = _bitsandbytes_config(base, layers[0], compute_dtype or base.dtype)
-    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
-    return folder
-
-
-def _planned_tensors(base: PreTrainedModel) -> Iterator[PlannedTensor]:
-    """Every tensor of the model in the layout of bitsandbytes, which knows no embedding or head in few bits: these are
-    expanded."""
-    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
-    expanded = {
-        f"{name}.weight": module.quantized
-        for name, module in base.named_modules()
-        if isinstance(module, Int8Embedding | Int8Head)
-    }
-    own = {name.removesuffix("weight") + other for name in expanded for other in ("scale", "like")}
-    for name, tensor in base.state_dict().items():
-        if name in tied or name in own or ".lora_" in name:
-            continue
-        plain, shape = name.replace(".base_layer.", "."), tuple(tensor.shape)
-        if name in expanded:
-            yield PlannedTensor(plain, base.dtype, shape, partial(expanded[name].dequantize, base.dtype))
-        else:
-            yield PlannedTensor(plain, tensor.dtype, shape, lambda tensor=tensor: tensor)  # type: ignore[misc]
-
-
-def _bitsandbytes_config(base: PreTrainedModel, layer: Nf4Linear, compute_dtype: torch.dtype) -> dict[str, Any]:
-    dense = [
-        name.replace(".base_layer", "") for name, linear in linear_layers(base) if not isinstance(linear, Nf4Linear)
-    ]
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": layer.quantized.is_double_quantized,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": dense or None,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
 
 
 # Describing

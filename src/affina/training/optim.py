@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from affina.errors import TrainingError
 from affina.kernels.adamw import adamw_step, clip_factor, gradient_norm
+from affina.runs.units import format_bytes
 
 OptimizerKind = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 
@@ -25,6 +26,51 @@ class OptimizerOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+
+
+_EIGHT_BIT_FROM = 4096
+"""bitsandbytes keeps the moments of parameters with fewer elements in 32 bits."""
+_EIGHT_BIT_BLOCK = 256
+_EIGHT_BIT_MAPS_BYTES = 2 * 256 * 4
+"""Two tables of 256 numbers, shared by all parameters."""
+_WORTH_SAVING = 0.1
+"""Share of the model's bytes below which a saving seldom decides whether a run fits."""
+
+
+def moment_bytes(sizes: Iterable[int], kind: OptimizerKind) -> int:
+    """Bytes of Adam's two moments for parameters with `sizes` elements.
+
+    adamw:    4 + 4 per element
+    8-bit:    1 + 1 per element and a float32 scale per 256 elements and moment, 2.03 in all; parameters of fewer than
+              4,096 elements as in adamw. Dettmers et al., arXiv:2110.02861
+    """
+    assert kind != "adafactor", "Adafactor keeps no moments of this kind"
+    if kind == "adamw":
+        return 8 * sum(sizes)
+    small = large = blocks = 0
+    for size in sizes:
+        if size < _EIGHT_BIT_FROM:
+            small += size
+        else:
+            large += size
+            blocks += -(-size // _EIGHT_BIT_BLOCK)
+    return 8 * small + 2 * large + 8 * blocks + (_EIGHT_BIT_MAPS_BYTES if large else 0)
+
+
+def describe_saving(sizes: Sequence[int], kind: OptimizerKind, *, model_bytes: int) -> str | None:
+    """What an 8-bit optimiser saves in this run, as a sentence; None for the other optimisers.
+
+    model_bytes: of base and adapter, which put the saving into proportion
+    """
+    if kind not in ("adamw_8bit", "paged_adamw_8bit"):
+        return None
+    full, kept = moment_bytes(sizes, "adamw"), moment_bytes(sizes, kind)
+    advice = "; adamw is exact and as good here" if full - kept < _WORTH_SAVING * model_bytes else ""
+    return (
+        f"training.optimizer {kind} keeps {format_bytes(kept)} of moments where adamw would keep "
+        f"{format_bytes(full)}: it saves {format_bytes(full - kept)} beside a model of "
+        f"{format_bytes(model_bytes)}{advice}"
+    )
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -50,7 +96,9 @@ def build_optimizer(parameters: Sequence[nn.Parameter], options: OptimizerOption
         )
     import bitsandbytes
 
-    kind = bitsandbytes.optim.AdamW8bit if options.kind == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    # Paging needs CUDA's managed memory; elsewhere bitsandbytes warns and does not page.
+    pages = options.kind == "paged_adamw_8bit" and all(p.device.type == "cuda" for p in parameters)
+    kind = bitsandbytes.optim.PagedAdamW8bit if pages else bitsandbytes.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, betas=options.betas, eps=options.epsilon, **shared)
     return optimizer
 

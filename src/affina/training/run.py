@@ -29,6 +29,7 @@ from affina.models.device import memory_stats
 from affina.models.engines import engine_of, trainable_parameters
 from affina.models.fast import detach_fast_engine, fast_engine_of, flat_adapter_of
 from affina.models.forward import probe_batch, supervised_loss
+from affina.models.load import describe_model
 from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, require_whole
 from affina.runs.directory import RunDirectory, require_free_space
@@ -46,7 +47,7 @@ from affina.training.determinism import deterministic_kernels
 from affina.training.loop import BatchSource, train
 from affina.training.loss_scale import LossScale
 from affina.training.objectives.sft import sft_objective
-from affina.training.optim import build_optimizer
+from affina.training.optim import build_optimizer, describe_saving
 from affina.training.optimizer_state import OptimizerState
 from affina.training.signals import stop_on_signals
 from affina.training.source import PlannedBatches, StreamedBatches, validation_batches
@@ -135,7 +136,12 @@ def run_training(
             observers.event(
                 "data", f"{finding.what}; {finding.fix}" if finding.fix else finding.what, code=finding.code
             )
-    for note in loaded.notes:
+    saving = describe_saving(
+        [parameter.numel() for parameter in parameters],
+        config.training.optimizer,
+        model_bytes=describe_model(model)["total_bytes"],
+    )
+    for note in (*loaded.notes, *([saving] if saving is not None else [])):
         observers.event("note", note)
     observers.start(
         RunFacts(
@@ -366,7 +372,7 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
         )
     if training.gradient_checkpointing is False:
         advice.append("training.gradient_checkpointing: true")
-    if config.quantization.method != "nf4":
+    if config.quantization.method not in ("nf4", "fp4"):
         advice.append("quantization.method: nf4")
     if config.engine.memory != "lowest":
         advice.append("engine.memory: lowest")

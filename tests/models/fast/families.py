@@ -15,7 +15,7 @@ from affina.models.engines import trainable_parameters
 from affina.models.fast import FastEngine, attach_fast_engine, detach_fast_engine, fast_engine_of
 from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
-from affina.models.weights import Fp8Options, Int8Options, Nf4Options, WeightFormatOptions, quantize_linears
+from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options, WeightFormatOptions, quantize_linears
 from tests.models.tiny import VOCABULARY, TinyBatch, qwen3_config, random_model, randomize_adapter
 
 _SMALL: dict[str, Any] = {
@@ -59,6 +59,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 WEIGHTS: dict[str, WeightFormatOptions | None] = {
     "dense": None,
     "nf4": Nf4Options(),
+    "fp4": Fp4Options(),
     "fp8": Fp8Options(),
     "int8": Int8Options(),
 }

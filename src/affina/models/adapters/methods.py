@@ -47,7 +47,7 @@ class AdapterMethod:
         return sum(rank * (rows + columns) for rows, columns in shapes)
 
 
-_EVERYWHERE = frozenset({"dense", "nf4", "fp8", "int8"})
+_EVERYWHERE = frozenset({"dense", "nf4", "fp4", "fp8", "int8"})
 
 METHODS: Mapping[str, AdapterMethod] = {
     method.name: method

@@ -2,9 +2,9 @@
 
 from affina.models.weights.base import WeightFormat, linear_layers
 from affina.models.weights.dense import DENSE
+from affina.models.weights.four_bit import FP4, NF4, FourBitLinear, Fp4Linear, Fp4Options, Nf4Linear, Nf4Options
 from affina.models.weights.fp8 import FP8, Fp8Linear, Fp8Options
 from affina.models.weights.int8 import INT8, Int8Linear, Int8Options
-from affina.models.weights.nf4 import NF4, Nf4Linear, Nf4Options
 from affina.models.weights.quantized import (
     QuantizedLinear,
     WeightFormatOptions,
@@ -23,7 +23,7 @@ from affina.models.weights.vocabulary import (
     vocabulary_of,
 )
 
-FORMATS: tuple[WeightFormat, ...] = (NF4, FP8, INT8, DENSE)
+FORMATS: tuple[WeightFormat, ...] = (NF4, FP4, FP8, INT8, DENSE)
 """All formats, the more special ones first: a format claims a layer with `owns`."""
 
 
@@ -35,9 +35,13 @@ def format_of(layer: object) -> WeightFormat | None:
 __all__ = [
     "DENSE",
     "FORMATS",
+    "FP4",
     "FP8",
     "INT8",
     "NF4",
+    "FourBitLinear",
+    "Fp4Linear",
+    "Fp4Options",
     "Fp8Linear",
     "Fp8Options",
     "Int8Embedding",

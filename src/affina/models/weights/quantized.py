@@ -12,7 +12,7 @@ the expansions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -24,7 +24,16 @@ class QuantizedWeight(Protocol):
     """Codes and scales of one weight."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
+        ...
+
+    @property
     def num_bytes(self) -> int: ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same weight on `device`."""
+        ...
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out, in] the dense weight in `dtype` (default: the type it was quantised from)."""
@@ -39,12 +48,21 @@ class WeightFormatOptions(Protocol):
         """Of the format, as in `quantization.method`."""
         ...
 
+    @property
+    def layer(self) -> type[QuantizedLinear]:
+        """The kind of layer that keeps such a weight."""
+        ...
+
     def skips(self, name: str) -> bool:
         """Whether the layer `name` stays dense."""
         ...
 
     def quantize_linear(self, layer: nn.Linear) -> QuantizedLinear:
         """The same layer with its weight quantised. Raises ModelError[weights-not-finite]."""
+        ...
+
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a quantised weight [rows, columns]."""
         ...
 
 
@@ -70,7 +88,11 @@ class QuantizedLinear(nn.Linear):
 
     EXACT: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def __init__(self, codes: Tensor, shape: tuple[int, int], source_dtype: torch.dtype, bias: Tensor | None) -> None:
+    @abstractmethod
+    def __init__(self, quantized: Any, bias: Tensor | None = None) -> None:
+        """A layer around a weight of its format, which it shares."""
+
+    def _set_up(self, codes: Tensor, shape: tuple[int, int], source_dtype: torch.dtype, bias: Tensor | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = shape
         self.source_dtype = source_dtype
@@ -79,6 +101,27 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", bias_parameter)
         self.keeps_dense_weight = False
         self._dense_weight: Tensor | None = None
+
+    @classmethod
+    @abstractmethod
+    def file_keys(cls) -> tuple[str, ...]:
+        """Names that the weight's tensors may have in a checkpoint, relative to the layer; "weight" is the first."""
+
+    @classmethod
+    @abstractmethod
+    def weight_from_files(cls, tensors: Mapping[str, Tensor], name: str) -> QuantizedWeight:
+        """The weight from a checkpoint's tensors by `file_keys`; `name` of the layer, for messages.
+
+        Raises ModelError[quantized-weights-unreadable].
+        """
+
+    @classmethod
+    def from_files(cls, tensors: Mapping[str, Tensor], name: str, *, bias: Tensor | None, device: torch.device) -> Self:
+        """The layer `name` on `device` from a checkpoint's tensors by `file_keys`.
+
+        Raises ModelError[quantized-weights-unreadable].
+        """
+        return cls(cls.weight_from_files(tensors, name).to(device), bias)
 
     @property
     @abstractmethod

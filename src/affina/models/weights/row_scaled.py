@@ -9,15 +9,16 @@ exact in bfloat16 and float16, and the product with the scale is rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from affina.errors import ModelError
-from affina.models.weights.quantized import QuantizedLinear
+from affina.models.weights.quantized import QuantizedLinear, SkippedModules
 
 _CHUNK_ELEMENTS_CPU = 1 << 20
 _CHUNK_ELEMENTS_ACCELERATOR = 1 << 24
@@ -58,6 +59,10 @@ class RowScaledWeight:
         chosen = RowScaledWeight(self.codes.index_select(0, flat), self.scale.index_select(0, flat), self.dtype)
         return chosen.dequantize(dtype).view(*indices.shape, self.codes.shape[1])
 
+    def to(self, device: torch.device) -> RowScaledWeight:
+        """The same weight on `device`."""
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out, in] the dense weight in `dtype` (default: the type it was quantised from)."""
         return self.dequantize_into(torch.empty(self.codes.shape, dtype=dtype or self.dtype, device=self.codes.device))
@@ -74,17 +79,44 @@ class RowScaledLinear(QuantizedLinear):
     """`nn.Linear` with a frozen weight of one byte each and one scale per output.
 
     weight: [out, in] codes in the type CODES        scale: [out] fp32 buffer
+    SCALE_KEY: what the scale is called in files, relative to the layer
     """
 
     CODES: ClassVar[torch.dtype]
+    SCALE_KEY: ClassVar[str]
     EXACT = ("weight", "scale")
     scale: Tensor
 
     def __init__(self, quantized: RowScaledWeight, bias: Tensor | None = None) -> None:
         assert quantized.codes.dtype == self.CODES, f"{quantized.codes.dtype} in {type(self).__name__}"
         rows, columns = quantized.codes.shape
-        super().__init__(quantized.codes, (rows, columns), quantized.dtype, bias)
-        self.register_buffer("scale", quantized.scale)
+        self._set_up(quantized.codes, (rows, columns), quantized.dtype, bias)
+        self.register_buffer("scale", quantized.scale, persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def scale_to_files(cls, scale: Tensor) -> dict[str, Tensor]:
+        """What is stored beside the codes, by key relative to the layer, for the scales [out] fp32."""
+
+    @classmethod
+    @abstractmethod
+    def scale_from_file(cls, stored: Tensor) -> Tensor:
+        """[out] fp32 scales from what stands under SCALE_KEY."""
+
+    @classmethod
+    def weight_from_files(cls, tensors: Mapping[str, Tensor], name: str) -> RowScaledWeight:
+        """Codes and scales from a checkpoint's tensors. Raises ModelError[quantized-weights-unreadable]."""
+        codes, stored = tensors["weight"], tensors.get(cls.SCALE_KEY)
+        if codes.dtype != cls.CODES or stored is None or stored.numel() != codes.shape[0]:
+            has = f"{stored.numel()} entries" if stored is not None else "nothing"
+            raise ModelError(
+                "quantized-weights-unreadable",
+                f"{name}.weight is {_named(codes.dtype)} {list(codes.shape)} with {has} in {cls.SCALE_KEY}; "
+                f"{_named(cls.CODES)} codes with one scale per row were expected",
+                why="the checkpoint is damaged or was edited",
+                fix="download it again, or quantise the original model with `affina quantize`",
+            )
+        return RowScaledWeight(codes, cls.scale_from_file(stored), torch.float32)
 
     @property
     def quantized(self) -> RowScaledWeight:
@@ -94,11 +126,15 @@ class RowScaledLinear(QuantizedLinear):
     @property
     def state_keys(self) -> tuple[str, ...]:
         """The codes and their scales."""
-        return "weight", "scale"
+        return self.file_keys()
 
     def dequantize_into(self, out: Tensor) -> Tensor:
         """Writes the dense weight to `out` [out, in] and returns it."""
         return self.quantized.dequantize_into(out)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{key}": tensor for key, tensor in self.scale_to_files(self.scale).items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         codes = state_dict.get(f"{prefix}weight")
@@ -110,12 +146,26 @@ class RowScaledLinear(QuantizedLinear):
                 why="a state dict fits a model of the same weight format only",
                 fix="quantise the layer after its dense weight is loaded",
             )
+        stored = {key: state_dict.pop(f"{prefix}{key}", None) for key in self.file_keys()[1:]}
+        if codes is not None:
+            tensors = {key: tensor for key, tensor in stored.items() if tensor is not None}
+            quantized = self.weight_from_files({"weight": codes, **tensors}, prefix.removesuffix("."))
+            self.scale = quantized.scale.to(self.weight.device)
         self._dense_weight = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {_named(self.CODES)}, one scale per row"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScaledOptions(SkippedModules):
+    """The part that the options of formats with one byte per weight share."""
+
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of codes and scales of a weight [rows, columns]."""
+        return rows * columns + 4 * rows
 
 
 def quantize_weight(

@@ -1,4 +1,4 @@
-"""Triton kernel of `affina.kernels.nf4.dequantize_into`: packed NF4 codes and their scales to a dense weight.
+"""Triton kernel of `affina.kernels.four_bit.dequantize_into`: packed 4-bit codes and their scales to a dense weight.
 
 Legend: B quantisation blocks of one program, S numbers of a quantisation block (64), n numbers of the weight.
 
@@ -8,7 +8,7 @@ has to stay out of their way:
 - One program expands B blocks. Its codes are B · S/2 contiguous bytes and its numbers B · S contiguous elements of each
   row, so a thread reads and writes 16 bytes at once.
 - The scale of a block is made once, as a vector of B entries, and broadcast over the block.
-- The 16 numbers of the codebook are looked up in one of three ways (`LOOKUP`), all exact:
+- The 16 numbers of the format's table (`codebook`) are looked up in one of three ways (`LOOKUP`), all exact:
   `gather`: the codebook is a register tensor, and `tl.gather` fetches from it: through shared memory, where 16 words
   lie in 16 different banks, so that no two threads ever wait for each other;
   `load`: an indexed load whose 64 bytes stay in the first-level cache;
@@ -140,7 +140,7 @@ def dequantize_into(
     numbers_per_program: int = NUMBERS_PER_PROGRAM,
     num_warps: int = NUM_WARPS,
 ) -> None:
-    """Launches the kernel; arguments as in `affina.kernels.nf4.Nf4Tensor`, `out` [rows, columns].
+    """Launches the kernel; arguments as in `affina.kernels.four_bit.FourBitTensor`, `out` [rows, columns].
 
     Rows of `out` may have a stride when columns are a multiple of `block_size`, else `out` must be contiguous.
     """
