@@ -8,10 +8,10 @@ step, and one evaluation every 50 steps. Three phases: captured graphs with ever
 memory, launch by launch; the reference engine.
 
 Every 50 steps: bytes that tensors hold on the device, bytes that the allocator has from it, the process's resident
-memory, the number of living tensors on the device. After a warm-up of the first fifth of the steps a phase is *without a leak* when
-the device bytes and the number of tensors have not grown at all, the allocator's have not grown at all, and resident
-memory grows by less than 4 KiB a step on a least-squares line: one memory page a step is what cannot be told from the
-noise of Python's own allocator.
+memory, the number of living tensors on the device. After a warm-up of the first fifth of the steps a phase is *without
+a leak* when the device bytes, the allocator's and the number of tensors have not grown at all, and resident memory
+grows by less than 4 KiB a step on a least-squares line: one memory page a step is what cannot be told from the noise of
+Python's own allocator.
 
 Determinism: 50 steps from the same start, twice; *the same bits* are equal losses and equal adapter bytes.
 """
@@ -83,7 +83,7 @@ def memory(step: int) -> dict[str, int]:
         "allocated_bytes": allocated,
         "reserved_bytes": reserved,
         "resident_bytes": psutil.Process().memory_info().rss,
-        "num_tensors": sum(isinstance(thing, torch.Tensor) and thing.is_cuda for thing in gc.get_objects()),
+        "num_tensors": sum(issubclass(type(thing), torch.Tensor) and thing.is_cuda for thing in gc.get_objects()),
     }
 
 

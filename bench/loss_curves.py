@@ -133,7 +133,7 @@ COLOURS = {
 
 
 def read_samples(folder: Path | None, cache: Path) -> tuple[SampleStore, int, int]:
-    """(prepared samples, id of the padding token, vocabulary of the tokenizer's model); None: what ships with affina."""
+    """(prepared samples, id of the padding token, vocabulary of the model); folder None: what ships with affina."""
     if folder is None:
         sources, model = [str(embedded_dataset_path("affina/support"))], "affina/nano"
     else:

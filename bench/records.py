@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,9 +62,17 @@ class Deadline:
 
 
 def run(
-    command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[int | None, str]:
-    """(exit status, what it printed); the status is None when it took longer, and nothing of it runs any more."""
+    """(exit status, what it printed); the status is None when it took longer, and nothing of it runs any more.
+
+    meanwhile: called every few seconds while it runs
+    """
+    deadline = Deadline(timeout)
     with TemporaryFile() as output:
         process = subprocess.Popen(
             command,
@@ -74,11 +82,14 @@ def run(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            status: int | None = process.wait(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        status: int | None = None
+        while status is None and deadline.left > 0:
+            try:
+                status = process.wait(timeout=min(5.0, deadline.left))
+            except subprocess.TimeoutExpired:
+                meanwhile()
+        if status is None:
             os.killpg(process.pid, signal.SIGKILL)  # compilers that it started hold memory of the device too
             process.wait()
-            status = None
         output.seek(0)
         return status, output.read().decode(errors="replace")
