@@ -61,6 +61,7 @@ RECORD_EVERY = 50
 WARM_UP_SHARE = 0.2
 MAX_RESIDENT_BYTES_PER_STEP = 4096
 REPEATED_STEPS = 50
+PHASES = ("graphs", "offloaded", "reference")
 
 
 def new_batch(generator: np.random.Generator, row_tokens: int, num_ids: int) -> Batch:
@@ -118,6 +119,8 @@ class Trainee:
 
     def switch_to(self, phase: str) -> None:
         """graphs: the fast engine with everything kept; offloaded: its leanest policy; reference."""
+        if phase not in PHASES:
+            raise RuntimeError(f"unknown phase {phase}; there are {', '.join(PHASES)}")
         if phase == "reference":
             detach_fast_engine(self.model)
             return
@@ -204,7 +207,7 @@ def run_phase(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="of each phase")
-    parser.add_argument("--phases", default="graphs,offloaded,reference")
+    parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--seconds", type=float, default=60.0, help="a phase is cut short after this long in all")
     parser.add_argument("--output", type=Path, default=records.RESULTS / "leak.json")
     parser.add_argument("--tiny", action="store_true")

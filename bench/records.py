@@ -37,6 +37,11 @@ def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
+def now() -> str:
+    """To the second: what names a call, so that only figures of one call are compared."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def write(path: Path, record: Any) -> None:
     """`record` as JSON under `path`: the whole of it or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
