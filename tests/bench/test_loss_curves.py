@@ -18,7 +18,7 @@ def test_a_short_run_is_recorded_judged_and_drawn(tmp_path: Path) -> None:
     loss_curves.main([*arguments, "--output", str(output)])
     record = json.loads(output.read_text())
     curves = loss_curves.curves_of(record["runs"])
-    assert {name: sorted(seeds) for name, seeds in curves.items()} == dict.fromkeys(variants.split(","), [0, 1])
+    assert {name: sorted(seeds) for name, seeds in curves.items()} == {key: [0, 1] for key in variants.split(",")}
     # The same start and the same rows: the engines agree in float32 at every step, seeds do not.
     for seed in (0, 1):
         assert curves["fast-bf16"][seed] == pytest.approx(curves["reference-bf16"][seed], rel=1e-4)
