@@ -7,14 +7,15 @@ One document in one row, the loss on every token, NF4 weights with random values
 every layer's input in host memory. An allocation beyond the cap fails. A length counts when one whole step of it
 (forward, backward, clip, AdamW) has run under the cap, after a short step that created the optimiser's moments.
 
-The search: bench/row_memory.py predicts the longest row from what is held per token; that length is tried, and 5% less
-as often as it does not fit; a first try that fits is followed by 3% more, as long as that fits and costs little.
+The search: what two rows of moderate length take gives a line, and the line the longest row. That length is tried, and
+5% less as often as it does not fit; where the measured peak leaves room for more, and a step costs little, the line is
+drawn through it and its length tried as well.
 
 Attention makes a long step take minutes. Where the whole model's step would take more than `--full-seconds` by estimate
 (or its inputs more host memory than there is), a model of `--layers` layers is measured, with the memory of the missing
-ones (weights, adapter, moments, kept t of the down projection) taken by a block of that size: the record's
-`measured_layers` and `ballast_gib` say so, and `host_gib` what the whole model would put into host memory. Three layers
-are the fewest whose busiest moment is the whole model's: one with a neighbour on either side.
+ones (weights, adapter, moments, kept t of the down projections) taken by a block of that size: the record's
+`measured_layers` and `ballast_gib` say so, and `host_gib` what the whole model would put into host memory at least.
+Three layers are the fewest whose busiest moment is the whole model's: one with a neighbour on either side.
 
 Unsloth publishes lengths for Llama-3.1-8B in 4 bits, rank 32; they stand beside those of Qwen3-8B.
 """
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import records  # noqa: E402
-import row_memory  # noqa: E402
-from row_memory import Sizes  # noqa: E402
 from systems import affina as affina_system  # noqa: E402
 from systems.common import (  # noqa: E402
     DEVICE,
@@ -59,36 +59,56 @@ CAPS = (8, 12, 16, 24, 40, 80)
 UNSLOTH_8B = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 80: 342_733}
 RANK = 16
 SHORT_ROW = 1024
+PROBE_ROWS = (8192, 16_384)
+MULTIPLE = 128
 MARGIN_SHARE = 0.005
 """Of the cap, for what the allocator rounds up."""
 ATTENTION_FLOPS, PRODUCT_FLOPS, PIN_BYTES_PER_SECOND = 3.2e14, 6e14, 2.5e9
 """For estimates only: what an H200 reaches in long rows, and page-locking of host memory."""
 HOST_SHARE = 0.6
-MAX_TRIES, MAX_CLIMBS = 6, 2
-CLIMB_SECONDS = 15.0
+MAX_TRIES = 7
+WORTH_ANOTHER_TRY = 1.02
+CLIMB_SECONDS = 20.0
+FIRST_GUESS_BYTES_PER_TOKEN = 60_000
+"""Of an 8B shape, to choose between the whole model and few layers before anything is measured."""
 
 
-def step_seconds(sizes: Sizes, num_tokens: int, num_layers: int) -> float:
+def step_seconds(shape: dict[str, Any], num_tokens: int, num_layers: int) -> float:
     """Estimate of a step: attention forward twice and backward once (5.5 forward passes), products three times."""
-    attention = 5.5 * 2 * num_tokens**2 * sizes.queries
-    weights = sizes.hidden * (2 * sizes.queries + 2 * sizes.keys + 3 * sizes.intermediate)
-    products = 6 * weights * num_tokens
-    head = 4 * sizes.hidden * sizes.vocabulary * num_tokens
-    host = num_layers * pinned_bytes(sizes, num_tokens) / PIN_BYTES_PER_SECOND
+    hidden, queries = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    keys = shape["num_key_value_heads"] * shape["head_dim"]
+    attention = 5.5 * 2 * num_tokens**2 * queries
+    products = 6 * hidden * (2 * queries + 2 * keys + 3 * shape["intermediate_size"]) * num_tokens
+    head = 4 * hidden * shape["vocab_size"] * num_tokens
+    host = num_layers * pinned_bytes(shape, num_tokens) / PIN_BYTES_PER_SECOND
     return num_layers * (attention / ATTENTION_FLOPS + products / PRODUCT_FLOPS) + head / PRODUCT_FLOPS + host
 
 
-def pinned_bytes(sizes: Sizes, num_tokens: int) -> int:
+def pinned_bytes(shape: dict[str, Any], num_tokens: int) -> int:
     """Host memory of one layer's input: torch rounds page-locked blocks up to powers of two."""
-    return 1 << math.ceil(math.log2(max(1, num_tokens * sizes.hidden * sizes.itemsize)))
+    return 1 << math.ceil(math.log2(max(1, num_tokens * shape["hidden_size"] * 2)))
 
 
-def whole_model_bytes(sizes: Sizes, *, is_tied: bool) -> int:
-    """Weights, one expanded weight, adapter and moments: what is there besides the row, for a first estimate."""
-    embeddings = (1 if is_tied else 2) * sizes.vocabulary * sizes.hidden * sizes.itemsize
-    workspace = (2 * sizes.intermediate + 2 * sizes.rank) * sizes.hidden * sizes.itemsize
-    layer = row_memory.nf4_bytes(sizes) + row_memory.adapter_bytes(sizes)
-    return embeddings + workspace + sizes.layers * layer
+@dataclass(frozen=True)
+class Line:
+    """Bytes of the device that a row takes: fixed + per_token · T."""
+
+    fixed: float
+    per_token: float
+
+    @classmethod
+    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> Line:
+        """Two (tokens, bytes)."""
+        per_token = (second[1] - first[1]) / (second[0] - first[0])
+        return cls(first[1] - per_token * first[0], per_token)
+
+    def corrected(self, num_tokens: int, num_bytes: float) -> Line:
+        """With the same beginning, through what a row took."""
+        return Line(self.fixed, (num_bytes - self.fixed) / num_tokens)
+
+    def longest(self, num_bytes: float) -> int:
+        """Tokens that fit, a multiple of MULTIPLE."""
+        return max(0, int((num_bytes - self.fixed) / self.per_token)) // MULTIPLE * MULTIPLE
 
 
 # One process: one model, several caps
@@ -99,7 +119,7 @@ class Model:
     """A model with `num_layers` of the shape's layers, its optimiser, and the memory of the layers that it lacks."""
 
     def __init__(self, shape: str, num_layers: int) -> None:
-        self.sizes = Sizes.of(SHAPES[shape], rank=RANK)
+        self.shape = SHAPES[shape]
         self.num_layers = num_layers
         dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
         spec = {"model": shape, "layers": num_layers, "nf4": True, "dtype": dtype, "rows": 1, "length": SHORT_ROW}
@@ -107,17 +127,24 @@ class Model:
         self.model, self._optimizer, self.engine = affina_system.prepare(spec, {"graphs": False})
         while self.engine.make_room() is not None:
             pass
-        self._ballast: list[torch.Tensor] = []
-        self._missing = self.sizes.layers - num_layers
+        self._ballast: torch.Tensor | None = None
         self.step(SHORT_ROW if DEVICE.type == "cuda" else 64)
 
-    def add_ballast(self, num_tokens: int) -> float:
-        """Take what the missing layers would hold; GiB."""
-        self._ballast.clear()
-        layer = row_memory.nf4_bytes(self.sizes) + row_memory.adapter_bytes(self.sizes)
-        num_bytes = self._missing * (layer + num_tokens * self.sizes.rank * self.sizes.itemsize)
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer: frozen weights, and adapter with gradient, two moments and 16-bit copy."""
+        layer = self.model.get_base_model().model.layers[0]
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]
+        frozen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for n, t in tensors if ".lora_" not in n}
+        adapter = sum(parameter.numel() for name, parameter in tensors if ".lora_" in name)
+        return sum(frozen.values()) + adapter * (4 + 4 + 8 + 2)
+
+    def take_ballast(self, num_tokens: int) -> float:
+        """Take what the missing layers would hold of the device; GiB."""
+        missing = self.shape["num_hidden_layers"] - self.num_layers
+        num_bytes = missing * (self.layer_bytes + num_tokens * RANK * 2)
         if num_bytes and DEVICE.type == "cuda":
-            self._ballast.append(torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE))
+            self._ballast = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE)
         return num_bytes / GIB
 
     def step(self, num_tokens: int) -> dict[str, Any]:
@@ -133,44 +160,47 @@ class Model:
 
     def attempt(self, num_tokens: int) -> dict[str, Any] | None:
         """A step's record, or None when it does not fit; leaves nothing of the step behind."""
+        result = None
         try:
-            ballast = self.add_ballast(num_tokens)
             reset_peak()
+            ballast = self.take_ballast(num_tokens)
             result = {**self.step(num_tokens), **peak_gib(), "ballast_gib": round(ballast, 3)}
         except torch.OutOfMemoryError:
-            result = None
+            pass
         # Outside of the handler, where the error no longer holds the failed step's tensors.
         self._optimizer.zero_grad(set_to_none=True)
+        self._ballast = None
         gc.collect()
         reset_peak()
         return result
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Held between steps, the missing layers' share included."""
-        held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-        layer = row_memory.nf4_bytes(self.sizes) + row_memory.adapter_bytes(self.sizes)
-        # The gradient of the layers that are there exists only while the step runs.
-        gradient = self.num_layers * self.sizes.adapter_parameters * 4
-        return held - sum(block.nbytes for block in self._ballast) + self._missing * layer + gradient
+    def line(self, lengths: Sequence[int]) -> Line:
+        """Through what rows of two lengths take, without a cap."""
+        cap_memory({"cap_gib": math.inf})
+        points = []
+        for length in lengths:
+            found = self.attempt(length)
+            assert found is not None, f"{length} tokens do not fit into the whole card"
+            points.append((length, found["reserved_gib"] * GIB))
+        return Line.through(*points) if points[1][1] > points[0][1] else Line(0.0, FIRST_GUESS_BYTES_PER_TOKEN)
 
 
-def search(model: Model, cap_gib: float, deadline: records.Deadline, *, longest: int | None) -> dict[str, Any]:
-    """The longest row under the cap that was seen to train."""
-    model.add_ballast(0)
-    model._ballast.clear()
+def search(
+    model: Model, cap_gib: float, line: Line, deadline: records.Deadline, *, longest: int | None
+) -> tuple[dict[str, Any], Line]:
+    """(The longest row under the cap that was seen to train; the line through it.)"""
     cap_memory({"cap_gib": cap_gib})
-    sizes, layers = model.sizes, model.num_layers
-    free = int(cap_gib * GIB * (1 - MARGIN_SHARE)) - model.fixed_bytes
-    predicted = row_memory.longest(sizes, free)
+    usable = cap_gib * GIB * (1 - MARGIN_SHARE)
+    length = min(line.longest(usable), longest or 1 << 40)
     record: dict[str, Any] = {
-        "predicted_tokens": predicted,
-        "fixed_gib": round(model.fixed_bytes / GIB, 3),
+        "predicted_tokens": length,
+        "bytes_per_token": round(line.per_token),
+        "fixed_gib": round(line.fixed / GIB, 3),
         "tries": [],
     }
-    length, best = min(predicted, longest or predicted), None
-    while length >= 128 and len(record["tries"]) < MAX_TRIES + MAX_CLIMBS:
-        if deadline.left < step_seconds(sizes, length, layers):
+    best: dict[str, Any] | None = None
+    while length >= MULTIPLE and len(record["tries"]) < MAX_TRIES:
+        if deadline.left < step_seconds(model.shape, length, model.num_layers):
             record["why"] = f"a step of {length:,} tokens would take longer than is left"
             break
         found = model.attempt(length)
@@ -179,14 +209,18 @@ def search(model: Model, cap_gib: float, deadline: records.Deadline, *, longest:
         if found is None:
             if best is not None:
                 break
-            length = int(length * 0.95) // 128 * 128
+            length = int(length * 0.95) // MULTIPLE * MULTIPLE
             continue
         best = {"tokens": length, **found}
-        climbs = sum(one["fits"] for one in record["tries"])
-        if len(record["tries"]) > climbs or climbs > MAX_CLIMBS or found["seconds"] > CLIMB_SECONDS or longest:
+        if longest is not None:
             break
-        length = int(length * 1.03) // 128 * 128
-    return {**record, **(best or {"error": record.get("why", "no length fits")})}
+        line = line.corrected(length, found["reserved_gib"] * GIB)
+        more = line.longest(usable)
+        has_failed = not all(one["fits"] for one in record["tries"])
+        if has_failed or more < WORTH_ANOTHER_TRY * length or found["seconds"] > CLIMB_SECONDS:
+            break
+        length = more
+    return {**record, **(best or {"error": record.get("why", "no length fits")})}, line
 
 
 def run_process(request: dict[str, Any], output: Path) -> None:
@@ -194,12 +228,14 @@ def run_process(request: dict[str, Any], output: Path) -> None:
     deadline = records.Deadline(request["seconds"])
     started = time.perf_counter()
     model = Model(request["shape"], request["num_layers"])
+    line = model.line(PROBE_ROWS if request["longest"] is None else (64, 128))
     prepared = round(time.perf_counter() - started, 1)
     found: list[dict[str, Any]] = []
     for cap in request["caps"]:
         record = {"cap_gib": cap, "prepare_seconds": prepared, "policy": model.engine.policy.describe()}
         try:
-            record |= search(model, cap, deadline, longest=request["longest"])
+            result, line = search(model, cap, line, deadline, longest=request["longest"])
+            record |= result
         except Exception as error:  # noqa: BLE001 - the other caps are still worth their time
             record["error"] = f"{type(error).__name__}: {error}"[:800]
         found.append(record)
@@ -210,11 +246,22 @@ def run_process(request: dict[str, Any], output: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def choose_layers(sizes: Sizes, num_tokens: int, *, full_seconds: float, few_layers: int) -> int:
+def choose_layers(shape: dict[str, Any], num_tokens: int, *, full_seconds: float, few_layers: int) -> int:
     """All layers where their step is affordable, else `few_layers`."""
-    host = sizes.layers * pinned_bytes(sizes, num_tokens)
-    is_affordable = step_seconds(sizes, num_tokens, sizes.layers) <= full_seconds
-    return sizes.layers if is_affordable and host <= HOST_SHARE * psutil.virtual_memory().available else few_layers
+    layers: int = shape["num_hidden_layers"]
+    host = layers * pinned_bytes(shape, num_tokens)
+    is_affordable = step_seconds(shape, num_tokens, layers) <= full_seconds
+    return layers if is_affordable and host <= HOST_SHARE * psutil.virtual_memory().available else few_layers
+
+
+def first_guess(shape: dict[str, Any], cap_gib: float) -> int:
+    """Tokens, from the weights in NF4, embedding and head in 16 bits, and a guess of what a token takes."""
+    hidden, queries = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    keys = shape["num_key_value_heads"] * shape["head_dim"]
+    weights = shape["num_hidden_layers"] * hidden * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
+    vocabulary = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
+    free = cap_gib * GIB - weights * 0.52 - vocabulary * 2 - GIB
+    return max(MULTIPLE, int(free / (FIRST_GUESS_BYTES_PER_TOKEN * hidden / 4096)))
 
 
 Report = Callable[[list[dict[str, Any]]], None]
@@ -222,16 +269,15 @@ Report = Callable[[list[dict[str, Any]]], None]
 
 
 def measure(
-    shape: str, caps: Sequence[float], arguments: argparse.Namespace, deadline: records.Deadline, report: Report
+    name: str, caps: Sequence[float], arguments: argparse.Namespace, deadline: records.Deadline, report: Report
 ) -> None:
     """One shape: the caps whose whole model is affordable in one process, the others in another."""
-    sizes = Sizes.of(SHAPES[shape], rank=RANK)
-    fixed = whole_model_bytes(sizes, is_tied=SHAPES[shape]["tie_word_embeddings"])
+    shape = SHAPES[name]
+    few = min(arguments.layers, shape["num_hidden_layers"])
     by_layers: dict[int, list[float]] = {}
     for cap in caps:
-        estimate = max(128, row_memory.longest(sizes, int(cap * GIB) - fixed))
-        few = min(arguments.layers, sizes.layers)
-        layers = choose_layers(sizes, estimate, full_seconds=arguments.full_seconds, few_layers=few)
+        guess = first_guess(shape, cap)
+        layers = choose_layers(shape, guess, full_seconds=arguments.full_seconds, few_layers=few)
         by_layers.setdefault(layers, []).append(cap)
     finished: list[dict[str, Any]] = []
     for num_layers, some in by_layers.items():
@@ -239,19 +285,21 @@ def measure(
         def report_all(
             new: list[dict[str, Any]], before: Sequence[Any] = tuple(finished), count: int = num_layers
         ) -> None:
-            report([*before, *(completed(record, shape, sizes, count) for record in new)])
+            report([*before, *(completed(record, name, count) for record in new)])
 
-        new = measure_in_process(shape, num_layers, some, arguments, deadline, report_all)
+        new = measure_in_process(name, num_layers, some, arguments, deadline, report_all)
         report_all(new)
-        finished += [completed(record, shape, sizes, num_layers) for record in new]
+        finished += [completed(record, name, num_layers) for record in new]
 
 
-def completed(record: dict[str, Any], shape: str, sizes: Sizes, num_layers: int) -> dict[str, Any]:
+def completed(record: dict[str, Any], name: str, num_layers: int) -> dict[str, Any]:
     """A process's record with what it stands for, and what it compares with."""
-    record = {**record, "shape": shape, "measured_layers": num_layers, "num_layers": sizes.layers}
+    shape = SHAPES[name]
+    record = {**record, "shape": name, "measured_layers": num_layers, "num_layers": shape["num_hidden_layers"]}
     if "tokens" in record:
-        record["host_gib"] = round(sizes.layers * record["tokens"] * sizes.hidden * sizes.itemsize / GIB, 1)
-    if shape == "qwen3-8b":
+        inputs = shape["num_hidden_layers"] * record["tokens"] * shape["hidden_size"] * 2
+        record["host_gib"] = round(inputs / GIB, 1)
+    if name == "qwen3-8b":
         record["unsloth_tokens"] = UNSLOTH_8B.get(record["cap_gib"])
     return record
 
@@ -335,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     caps = sorted(float(cap) if "." in cap else int(cap) for cap in arguments.caps.split(","))
     deadline = records.Deadline(arguments.seconds)
     old = records.read(arguments.output) or {"records": []}
-    record: dict[str, Any] = {**records.environment(device_name()), "rank": RANK, "weights": "NF4", "per_token": {}}
+    record: dict[str, Any] = {**records.environment(device_name()), "rank": RANK, "weights": "NF4"}
     kept = [one for one in old["records"] if one["shape"] not in shapes or one["cap_gib"] not in caps]
     finished: list[dict[str, Any]] = []
     newest: list[dict[str, Any]] = []
@@ -346,14 +394,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         records.write(arguments.output, {**record, "records": merged})
 
     for shape in shapes:
-        record["per_token"][shape] = {
-            moment.name: {
-                "bytes": moment.bytes_per_token,
-                "needed_bytes": moment.needed_bytes_per_token,
-                "constant_bytes": moment.constant_bytes,
-            }
-            for moment in row_memory.moments(Sizes.of(SHAPES[shape], rank=RANK))
-        }
         measure(shape, caps, arguments, deadline, report)
         finished += newest
     print(summary(finished), flush=True)

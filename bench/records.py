@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+POLL_SECONDS = 5.0
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "triton", "bitsandbytes", "liger-kernel", "unsloth", "affina")
 
@@ -90,7 +91,7 @@ def run(
         status: int | None = None
         while status is None and deadline.left > 0:
             try:
-                status = process.wait(timeout=min(5.0, deadline.left))
+                status = process.wait(timeout=min(POLL_SECONDS, max(deadline.left, 0.0)))
             except subprocess.TimeoutExpired:
                 meanwhile()
         if status is None:
