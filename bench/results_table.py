@@ -66,7 +66,7 @@ def provenance(found: Sequence[Record]) -> str:
         seen = sorted({record["versions"][name] for record in found if name in record.get("versions", {})})
         packages += [f"{name} {' and '.join(seen)}"] if seen else []
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "no date"
-    return f"{', '.join(devices)}; {', '.join(packages)}; {span}.\n"
+    return "; ".join(part for part in (", ".join(devices), ", ".join(packages), span) if part) + ".\n"
 
 
 def thousands(value: float) -> str:

@@ -58,7 +58,7 @@ def test_figures_failures_and_targets_are_shown(tmp_path: Path) -> None:
     table = train_step(tmp_path)
     assert "| bf16-lora-8x2048 | affina | default | 1,000 | 10.00 | 2.0 | 9.5 |  | 31,000 |" in table
     assert "| fp8-lora-8x2048 | affina | default | failed: OutOfMemoryError: a / b |" in table
-    assert "a card; " in table
+    assert "a card; 2026-01-01.\n" in table
 
 
 def test_ratios_are_those_of_one_call(tmp_path: Path) -> None:
@@ -102,10 +102,8 @@ def test_the_other_tables_show_verdicts_in_words(tmp_path: Path) -> None:
         "fast-fp8": {"loss": 2.001, "test": test, "share_of_steps_within_spread": 0.97},
     }
     write(tmp_path, "loss_curves", {"verdicts": verdicts, "device": "a card"})
-    assert (
-        "| fast-fp8 | 5 | 2.0010 | +0.00100 | -0.00100 … +0.00300 | ±0.02000 | yes | 100% |"
-        in results_table.loss_curves(tmp_path).replace("99%", "100%")
-    )
+    row = "| fast-fp8 | 5 | 2.0010 | +0.00100 | -0.00100 … +0.00300 | ±0.02000 | yes | 97% |"
+    assert row in results_table.loss_curves(tmp_path)
     long = {"shape": "qwen3-8b", "cap_gib": 8, "tokens": 30_000, "peak_gib": 7.9, "reserved_gib": 7.95, "seconds": 5.0}
     long |= {"measured_layers": 3, "num_layers": 36, "host_gib": 9.0, "unsloth_tokens": 2972}
     none = {"shape": "qwen3-8b", "cap_gib": 12, "error": "no length fits", "measured_layers": 36, "num_layers": 36}
