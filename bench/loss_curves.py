@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -42,7 +42,7 @@ import records  # noqa: E402
 from equivalence import paired_test  # noqa: E402
 from figures import Panel, figure  # noqa: E402
 from systems.affina import be_deterministic, restart_adapter  # noqa: E402
-from systems.common import DEVICE, TARGETS, device_name, synchronize  # noqa: E402
+from systems.common import DEVICE, TARGETS, device_name, new_model, synchronize  # noqa: E402
 
 from affina.catalog.embedded import embedded_dataset_path  # noqa: E402
 from affina.config import load_mapping  # noqa: E402
@@ -176,24 +176,30 @@ def plan_of(store: SampleStore, seed: int, num_steps: int) -> BatchPlan:
     )
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The variant's type, float32 on a CPU."""
+    return dtype if DEVICE.type == "cuda" else torch.float32
+
+
 def make_base(shape: dict[str, Any], source: PlannedBatches, num_steps: int) -> dict[str, torch.Tensor]:
-    """Weights of a random model after `num_steps` full steps on all tokens, rounded to bfloat16."""
-    torch.manual_seed(0)
-    with DEVICE:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=True)
+    """Weights of a random model after `num_steps` full steps on all tokens, in bfloat16; float32 copies are trained."""
+    model = new_model(Qwen3Config(**shape), computed_in(torch.bfloat16)).train()
+    parameters = list(model.parameters())
+    masters = [parameter.detach().float() for parameter in parameters]
+    optimizer = torch.optim.AdamW(masters, lr=0.0, weight_decay=0.01, fused=True)
     schedule = Schedule("cosine", peak=1e-3, num_steps=num_steps, warmup_steps=max(1, num_steps // 20), min_ratio=0.1)
     for step in range(num_steps):
         (batch,) = source.step(step)
-        batch = with_all_labels(batch)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, count = supervised_loss(model, batch)
-        (loss / count).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss, count = supervised_loss(model, with_all_labels(batch))
+        gradients = torch.autograd.grad(loss / count, parameters)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        nn.utils.clip_grad_norm_(masters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, masters)
         if step % 50 == 0 or step == num_steps - 1:
             print(f"base, step {step + 1}: loss {float(loss.detach()) / count:.3f}", flush=True)
     return {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
@@ -221,10 +227,8 @@ class Trainee:
 
 
 def make_trainee(variant: Variant, shape: dict[str, Any], base: dict[str, torch.Tensor]) -> Trainee:
-    with DEVICE:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    model = new_model(Qwen3Config(**shape), computed_in(variant.dtype)).eval().requires_grad_(False)
     model.load_state_dict(base)
-    model.to(variant.dtype if DEVICE.type == "cuda" else torch.float32).eval().requires_grad_(False)
     if variant.weights is not None:
         quantize_linears(model, variant.weights, exclude=[model.get_output_embeddings()])
     adapted = attach_adapter(model, rank=16, alpha=32.0, targets=TARGETS)

@@ -22,9 +22,7 @@ def test_memory_that_stays_is_no_leak() -> None:
     assert found["allocated_bytes_growth"] == 0
 
 
-@pytest.mark.parametrize(
-    "growth", [{"allocated_bytes": 1}, {"reserved_bytes": 1}, {"num_tensors": 1}, {"resident_bytes": 5000}]
-)
+@pytest.mark.parametrize("growth", [{"allocated_bytes": 1}, {"num_tensors": 1}, {"resident_bytes": 5000}])
 def test_anything_that_grows_after_the_warm_up_is_a_leak(growth: dict[str, int]) -> None:
     from leak import judge
 
@@ -34,7 +32,7 @@ def test_anything_that_grows_after_the_warm_up_is_a_leak(growth: dict[str, int])
 def test_growth_during_the_warm_up_and_pages_of_python_are_none() -> None:
     from leak import judge
 
-    warming = samples(resident_bytes=400)
+    warming = samples(resident_bytes=400, reserved_bytes=1)
     for sample in warming[:3]:
         sample["allocated_bytes"] //= 2
     assert judge(warming, 1000)["is_leak_free"]
@@ -50,7 +48,7 @@ def test_all_phases_run_and_repeat_bit_for_bit(tmp_path: Path) -> None:
     import leak
 
     output = tmp_path / "leak.json"
-    leak.main(["--tiny", "--steps", "20", "--output", str(output), "--phases", "graphs,offloaded,reference,missing"])
+    leak.main(["--tiny", "--steps", "10", "--output", str(output), "--phases", "graphs,offloaded,reference,missing"])
     *phases, unknown = json.loads(output.read_text())["phases"]
     assert "unknown phase missing" in unknown["error"]
     assert [phase["phase"] for phase in phases] == ["graphs", "offloaded", "reference"]

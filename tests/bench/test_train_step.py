@@ -77,22 +77,30 @@ def test_running_out_of_the_calls_time_leaves_an_older_figure_standing() -> None
 
 
 def test_one_measurement_runs_and_one_that_fails_does_not_stop_the_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import records
     from train_step import main
 
+    run = records.run
+
+    def without_unsloth(command: list[str], **options: Any) -> tuple[int | None, str]:
+        if "systems.unsloth" in command:
+            return 1, "Traceback\nModuleNotFoundError: No module named 'unsloth'"
+        return run(command, **options)
+
+    monkeypatch.setattr(records, "run", without_unsloth)
     output = tmp_path / "found.json"
     cases = "fp16-qlora-1x2048:cap_gib=7.5,fp16-qlora-1x2048:cap_gib=7.5+checkpointing=true"
     main(["--tiny", "--cases", cases, "--systems", "affina,unsloth", "--output", str(output)])
     ours, theirs = json.loads(output.read_text())["records"]
     assert ours["tokens_per_second"] > 0
     assert 0 < ours["first_step_seconds"] < ours["wall_seconds"] + 1
+    assert theirs["error"].endswith("No module named 'unsloth'")
     assert ours["call"] == theirs["call"]
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
-    if "error" in theirs:  # where Unsloth is not installed
-        assert "No module named 'unsloth'" in theirs["error"]
-        assert "failed: ModuleNotFoundError" in printed
+    assert "failed: ModuleNotFoundError" in printed
 
 
 def test_transformers_tells_the_documents_of_a_packed_row_apart() -> None:
