@@ -4,11 +4,12 @@
     python bench/loss_curves.py --data carried [--seconds 150] [--variants …] [--seeds 5] [--steps 200]
                                 [--output bench/results/loss_curves.json] [--tiny]
 
-Chats of GSM8K and dolly through Qwen3's real tokenizer and template, packed into rows of 2,048 tokens; a Qwen3 of
-12 layers of width 1,024 (0.34 B parameters). Released weights are not at hand: the base is a random model that was
-trained in full for `--base-steps` steps on all tokens of the same data, a stand-in for a pre-trained one.
-Then each variant trains the same adapter for 200 steps of one row, with affina's own loop: objective, schedule,
-clipping, AdamW. A seed decides the adapter's start and the order of the rows, for all variants the same.
+Chats of GSM8K and dolly through Qwen3's real tokenizer and template, packed into rows of 2,048 tokens; a Qwen3 of six
+layers of width 1,024 (0.25 B parameters; the reference engine's thousand steps shall leave time for the others).
+Released weights are not at hand: the base is a random model that was trained in full for `--base-steps` steps on all
+tokens of the same data, a stand-in for a pre-trained one. Then each variant trains the same adapter for 200 steps of
+one row, with affina's own loop: objective, schedule, clipping, AdamW. A seed decides the adapter's start and the order
+of the rows, for all variants the same.
 
 The test. L_s is the mean loss of the last 50 steps with seed s. For each variant the differences L_s − L_s(reference),
 paired by seed, get a t interval; the variant is *equivalent* when the two one-sided tests (level 5%) put the mean
@@ -70,7 +71,7 @@ from affina.training.state import TrainState  # noqa: E402
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 6,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -392,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--base-steps", type=int, default=200, help="full steps that make the base")
+    parser.add_argument("--base-steps", type=int, default=150, help="full steps that make the base")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seconds", type=float, default=150.0, help="start no run that would end later")
     parser.add_argument("--output", type=Path, default=records.RESULTS / "loss_curves.json")
