@@ -1,11 +1,12 @@
 """The longest sequence that trains with QLoRA r = 16 under a hard cap of device memory.
 
-    python bench/long_context.py [--shapes qwen3-8b,qwen3-4b] [--caps 8,12,16,24,40,80] [--seconds 300]
+    python bench/long_context.py [--shapes qwen3-8b,qwen3-4b] [--caps 8,12,16,24,40,80] [--modes lowest] [--seconds 300]
                                  [--full-seconds 60] [--layers 3] [--output bench/results/long_context.json] [--tiny]
 
-One document in one row, the loss on every token, NF4 weights with random values, the fast engine's leanest policy:
-every layer's input in host memory. An allocation beyond the cap fails. A length counts when one whole step of it
-(forward, backward, clip, AdamW) has run under the cap, after a short step that created the optimiser's moments.
+One document in one row, the loss on every token, NF4 weights with random values, the fast engine's leanest policy. Mode
+`lowest` is `engine.memory: lowest`, with embedding and head in 8 bits; `nf4` leaves these in 16. An allocation beyond
+the cap fails. A length counts when one whole step of it (forward, backward, clip, AdamW) has run under the cap, after a
+short step that created the optimiser's moments.
 
 The search: what two rows of moderate length take gives a line, and the line the longest row. That length is tried, and
 5% less as often as it does not fit; where the measured peak leaves room for more, and a step costs little, the line is
@@ -31,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ from systems.common import (  # noqa: E402
 
 GIB = 2**30
 CAPS = (8, 12, 16, 24, 40, 80)
+MODES = ("lowest", "nf4")
 UNSLOTH_8B = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 80: 342_733}
 RANK = 16
 SHORT_ROW = 1024
@@ -118,11 +121,12 @@ class Line:
 class Model:
     """A model with `num_layers` of the shape's layers, its optimiser, and the memory of the layers that it lacks."""
 
-    def __init__(self, shape: str, num_layers: int) -> None:
+    def __init__(self, shape: str, num_layers: int, *, mode: str) -> None:
         self.shape = SHAPES[shape]
         self.num_layers = num_layers
         dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
         spec = {"model": shape, "layers": num_layers, "nf4": True, "dtype": dtype, "rows": 1, "length": SHORT_ROW}
+        spec["lowest"] = mode == "lowest"
         self._num_ids = num_token_ids(spec)
         self.model, self._optimizer, self.engine = affina_system.prepare(spec, {"graphs": False})
         while self.engine.make_room() is not None:
@@ -132,12 +136,16 @@ class Model:
 
     @property
     def layer_bytes(self) -> int:
-        """Of one layer: frozen weights, and adapter with gradient, two moments and 16-bit copy."""
+        """Of one layer on the device: frozen weights, and adapter with gradient, two moments and 16-bit copy."""
         layer = self.model.get_base_model().model.layers[0]
         tensors = [*layer.named_parameters(), *layer.named_buffers()]
         frozen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for n, t in tensors if ".lora_" not in n}
-        adapter = sum(parameter.numel() for name, parameter in tensors if ".lora_" in name)
+        adapter = sum(t.numel() for n, t in tensors if ".lora_" in n and t.device.type == DEVICE.type)
         return sum(frozen.values()) + adapter * (4 + 4 + 8 + 2)
+
+    def describe(self) -> dict[str, Any]:
+        vocabulary = self.model.get_base_model().get_input_embeddings().weight.dtype
+        return {"policy": self.engine.policy.describe(), "vocabulary": str(vocabulary).removeprefix("torch.")}
 
     def take_ballast(self, num_tokens: int) -> float:
         """Take what the missing layers would hold of the device; GiB."""
@@ -227,12 +235,12 @@ def run_process(request: dict[str, Any], output: Path) -> None:
     """All caps of one shape on one model, written after each."""
     deadline = records.Deadline(request["seconds"])
     started = time.perf_counter()
-    model = Model(request["shape"], request["num_layers"])
+    model = Model(request["shape"], request["num_layers"], mode=request["mode"])
     line = model.line(PROBE_ROWS if request["longest"] is None else (64, 128))
     prepared = round(time.perf_counter() - started, 1)
     found: list[dict[str, Any]] = []
     for cap in request["caps"]:
-        record = {"cap_gib": cap, "prepare_seconds": prepared, "policy": model.engine.policy.describe()}
+        record = {"cap_gib": cap, "prepare_seconds": prepared, **model.describe()}
         try:
             result, line = search(model, cap, line, deadline, longest=request["longest"])
             record |= result
@@ -269,9 +277,14 @@ Report = Callable[[list[dict[str, Any]]], None]
 
 
 def measure(
-    name: str, caps: Sequence[float], arguments: argparse.Namespace, deadline: records.Deadline, report: Report
+    name: str,
+    mode: str,
+    caps: Sequence[float],
+    arguments: argparse.Namespace,
+    deadline: records.Deadline,
+    report: Report,
 ) -> None:
-    """One shape: the caps whose whole model is affordable in one process, the others in another."""
+    """One shape and mode: the caps whose whole model is affordable in one process, the others in another."""
     shape = SHAPES[name]
     few = min(arguments.layers, shape["num_hidden_layers"])
     by_layers: dict[int, list[float]] = {}
@@ -285,17 +298,18 @@ def measure(
         def report_all(
             new: list[dict[str, Any]], before: Sequence[Any] = tuple(finished), count: int = num_layers
         ) -> None:
-            report([*before, *(completed(record, name, count) for record in new)])
+            report([*before, *(completed(record, name, mode, count) for record in new)])
 
-        new = measure_in_process(name, num_layers, some, arguments, deadline, report_all)
+        new = measure_in_process(name, mode, num_layers, some, arguments, deadline, report_all)
         report_all(new)
-        finished += [completed(record, name, num_layers) for record in new]
+        finished += [completed(record, name, mode, num_layers) for record in new]
 
 
-def completed(record: dict[str, Any], name: str, num_layers: int) -> dict[str, Any]:
+def completed(record: dict[str, Any], name: str, mode: str, num_layers: int) -> dict[str, Any]:
     """A process's record with what it stands for, and what it compares with."""
     shape = SHAPES[name]
-    record = {**record, "shape": name, "measured_layers": num_layers, "num_layers": shape["num_hidden_layers"]}
+    record = {**record, "shape": name, "mode": mode}
+    record |= {"measured_layers": num_layers, "num_layers": shape["num_hidden_layers"]}
     if "tokens" in record:
         inputs = shape["num_hidden_layers"] * record["tokens"] * shape["hidden_size"] * 2
         record["host_gib"] = round(inputs / GIB, 1)
@@ -306,6 +320,7 @@ def completed(record: dict[str, Any], name: str, num_layers: int) -> dict[str, A
 
 def measure_in_process(
     shape: str,
+    mode: str,
     num_layers: int,
     caps: list[float],
     arguments: argparse.Namespace,
@@ -326,12 +341,13 @@ def measure_in_process(
 
             request = {
                 "shape": shape,
+                "mode": mode,
                 "num_layers": num_layers,
                 "caps": left,
                 "seconds": deadline.left - 10,
                 "longest": 256 if arguments.tiny else None,
             }
-            print(f"{shape}, {num_layers} layers, caps {left}", flush=True)
+            print(f"{shape}, {mode}, {num_layers} layers, caps {left}", flush=True)
             command = [sys.executable, str(HERE / "long_context.py"), "--request", json.dumps(request)]
             _, printed = records.run(
                 [*command, "--output", str(output)],
@@ -346,10 +362,14 @@ def measure_in_process(
     return found
 
 
+def key_of(record: dict[str, Any]) -> tuple[str, str, float]:
+    return record["shape"], record["mode"], record["cap_gib"]
+
+
 def summary(found: Sequence[dict[str, Any]]) -> str:
     lines = []
     for record in found:
-        head = f"{record['shape']:10} {record['cap_gib']:>5} GiB"
+        head = f"{record['shape']:10} {record['mode']:7} {record['cap_gib']:>5} GiB"
         if "tokens" not in record:
             lines.append(f"{head} {record['error'].splitlines()[-1][:100]}")
             continue
@@ -364,6 +384,7 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="qwen3-8b,qwen3-4b")
+    parser.add_argument("--modes", default="lowest", help=f"of {', '.join(MODES)}, by comma")
     parser.add_argument("--caps", default=",".join(map(str, CAPS)), help="GiB, by comma")
     parser.add_argument("--seconds", type=float, default=300.0, help="for everything")
     parser.add_argument("--full-seconds", type=float, default=60.0, help="longest step of a whole model, by estimate")
@@ -380,21 +401,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes = ["tiny"] if arguments.tiny else arguments.shapes.split(",")
     if unknown := set(shapes) - set(SHAPES):
         raise SystemExit(f"unknown shapes: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    modes = arguments.modes.split(",")
+    if unknown := set(modes) - set(MODES):
+        raise SystemExit(f"unknown modes: {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
     caps = sorted(float(cap) if "." in cap else int(cap) for cap in arguments.caps.split(","))
     deadline = records.Deadline(arguments.seconds)
     old = records.read(arguments.output) or {"records": []}
     record: dict[str, Any] = {**records.environment(device_name()), "rank": RANK, "weights": "NF4"}
-    kept = [one for one in old["records"] if one["shape"] not in shapes or one["cap_gib"] not in caps]
+    redone = {(shape, mode, cap) for shape in shapes for mode in modes for cap in caps}
+    kept = [one for one in old["records"] if key_of(one) not in redone]
     finished: list[dict[str, Any]] = []
     newest: list[dict[str, Any]] = []
 
     def report(new: list[dict[str, Any]]) -> None:
         newest[:] = new
-        merged = sorted(kept + finished + new, key=lambda one: (one["shape"], one["cap_gib"]))
+        merged = sorted(kept + finished + new, key=key_of)
         records.write(arguments.output, {**record, "records": merged})
 
-    for shape in shapes:
-        measure(shape, caps, arguments, deadline, report)
+    for shape, mode in product(shapes, modes):
+        measure(shape, mode, caps, arguments, deadline, report)
         finished += newest
     print(summary(finished), flush=True)
 

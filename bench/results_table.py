@@ -254,13 +254,21 @@ def long_context(results: Path) -> str:
         beside = thousands(unsloth) if unsloth else ""
         if "tokens" not in record:
             rows.append(
-                [record["shape"], f"{record['cap_gib']}", f"failed: {short_error(record['error'])}", *[""] * 5, beside]
+                [
+                    record["shape"],
+                    record["mode"],
+                    f"{record['cap_gib']}",
+                    f"failed: {short_error(record['error'])}",
+                    *[""] * 5,
+                    beside,
+                ]
             )
             continue
         whole = record["measured_layers"] == record["num_layers"]
         rows.append(
             [
                 record["shape"],
+                record["mode"],
                 f"{record['cap_gib']}",
                 thousands(record["tokens"]),
                 f"{record['peak_gib']:.2f}",
@@ -273,6 +281,7 @@ def long_context(results: Path) -> str:
         )
     head = [
         "shape",
+        "mode",
         "cap, GiB",
         "tokens",
         "peak GiB",

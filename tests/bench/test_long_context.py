@@ -121,7 +121,7 @@ def test_the_script_runs_and_keeps_records_of_other_shapes(tmp_path: Path) -> No
     import long_context
 
     output = tmp_path / "found.json"
-    old = {"shape": "qwen3-8b", "cap_gib": 8, "tokens": 1}
+    old = {"shape": "qwen3-8b", "mode": "nf4", "cap_gib": 8, "tokens": 1}
     output.write_text(json.dumps({"records": [old]}))
     long_context.main(["--tiny", "--caps", "1", "--output", str(output)])
     kept, new = json.loads(output.read_text())["records"]
@@ -138,5 +138,7 @@ def test_a_shape_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(SystemExit, match="there is no GPU; --tiny"):
             long_context.main([])
     monkeypatch.setattr(long_context, "DEVICE", torch.device("cuda"))
+    with pytest.raises(SystemExit, match="unknown modes: int2"):
+        long_context.main(["--modes", "int2"])
     with pytest.raises(SystemExit, match="unknown shapes: qwen3-9b"):
         long_context.main(["--shapes", "qwen3-9b"])

@@ -104,13 +104,28 @@ def test_the_other_tables_show_verdicts_in_words(tmp_path: Path) -> None:
     write(tmp_path, "loss_curves", {"verdicts": verdicts, "device": "a card"})
     row = "| fast-fp8 | 5 | 2.0010 | +0.00100 | -0.00100 … +0.00300 | ±0.02000 | yes | 97% |"
     assert row in results_table.loss_curves(tmp_path)
-    long = {"shape": "qwen3-8b", "cap_gib": 8, "tokens": 30_000, "peak_gib": 7.9, "reserved_gib": 7.95, "seconds": 5.0}
+    long = {
+        "shape": "qwen3-8b",
+        "mode": "lowest",
+        "cap_gib": 8,
+        "tokens": 30_000,
+        "peak_gib": 7.9,
+        "reserved_gib": 7.95,
+        "seconds": 5.0,
+    }
     long |= {"measured_layers": 3, "num_layers": 36, "host_gib": 9.0, "unsloth_tokens": 2972}
-    none = {"shape": "qwen3-8b", "cap_gib": 12, "error": "no length fits", "measured_layers": 36, "num_layers": 36}
+    none = {
+        "shape": "qwen3-8b",
+        "mode": "nf4",
+        "cap_gib": 12,
+        "error": "no length fits",
+        "measured_layers": 36,
+        "num_layers": 36,
+    }
     write(tmp_path, "long_context", {"records": [long, none], "device": "a card"})
     table = results_table.long_context(tmp_path)
-    assert "| qwen3-8b | 8 | 30,000 | 7.90 | 7.95 | 5.0 | 3 of 36 layers | 9 | 2,972 |" in table
-    assert "| qwen3-8b | 12 | failed: no length fits |" in table
+    assert "| qwen3-8b | lowest | 8 | 30,000 | 7.90 | 7.95 | 5.0 | 3 of 36 layers | 9 | 2,972 |" in table
+    assert "| qwen3-8b | nf4 | 12 | failed: no length fits |" in table
     phase = {"phase": "graphs", "num_steps": 1000, "is_leak_free": False, "is_repeatable": True, "engine": "all"}
     write(tmp_path, "leak", {"phases": [phase, {"phase": "reference", "error": "broken"}], "device": "a card"})
     assert "| graphs | 1,000 | 0 | 0 | 0 | **no** | yes | all |" in results_table.leak(tmp_path)
