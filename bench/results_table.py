@@ -241,7 +241,14 @@ def loss_curves(results: Path) -> str:
         "equivalent",
         "steps within spread",
     ]
-    return markdown(head, rows) + "\n![loss curves](results/loss_curves.svg)\n\n" + provenance([file])
+    shape = file.get("model", {})
+    model = f"Qwen3 of {shape.get('num_hidden_layers')} layers of width {shape.get('hidden_size')}: {file.get('base')}"
+    return (
+        markdown(head, rows)
+        + "\n![loss curves](results/loss_curves.svg)\n\n"
+        + f"{model}; {file.get('adapter')}; learning rate {file.get('learning_rate')}. "
+        + provenance([file])
+    )
 
 
 def long_context(results: Path) -> str:
