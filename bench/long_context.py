@@ -12,11 +12,13 @@ The search: what two rows of moderate length take gives a line, and the line the
 5% less as often as it does not fit; where the measured peak leaves room for more, and a step costs little, the line is
 drawn through it and its length tried as well.
 
-Attention makes a long step take minutes. Where the whole model's step would take more than `--full-seconds` by estimate
-(or its inputs more host memory than there is), a model of `--layers` layers is measured, with the memory of the missing
-ones (weights, adapter, moments, kept t of the down projections) taken by a block of that size: the record's
-`measured_layers` and `ballast_gib` say so, and `host_gib` what the whole model would put into host memory at least.
-Three layers are the fewest whose busiest moment is the whole model's: one with a neighbour on either side.
+Attention makes a long step take minutes. A length whose step would take more than `--step-seconds` by estimate is not
+tried: the record then has the longest that was, `bounded_by` time, beside what memory would hold. Where the whole
+model's step would take more than `--full-seconds` (or its inputs more host memory than there is), a model of `--layers`
+layers is measured, with the memory of the missing ones (weights, adapter, moments, kept t of the down projections)
+taken by a block of that size: the record's `measured_layers` and `ballast_gib` say so, and `host_gib` what the whole
+model would put into host memory at least. Three layers are the fewest whose busiest moment is the whole model's: one
+with a neighbour on either side. `seconds` are those of the layers that were there.
 
 Unsloth publishes lengths for Llama-3.1-8B in 4 bits, rank 32; they stand beside those of Qwen3-8B.
 """
@@ -85,6 +87,15 @@ def step_seconds(shape: dict[str, Any], num_tokens: int, num_layers: int) -> flo
     head = 4 * hidden * shape["vocab_size"] * num_tokens
     host = num_layers * pinned_bytes(shape, num_tokens) / PIN_BYTES_PER_SECOND
     return num_layers * (attention / ATTENTION_FLOPS + products / PRODUCT_FLOPS) + head / PRODUCT_FLOPS + host
+
+
+def affordable(shape: dict[str, Any], num_layers: int, seconds: float) -> int:
+    """The longest row, a multiple of MULTIPLE, whose step takes no longer, by estimate."""
+    low, high = 0, 1 << 26
+    while high - low > MULTIPLE:
+        middle = (low + high) // 2
+        low, high = (middle, high) if step_seconds(shape, middle, num_layers) <= seconds else (low, middle)
+    return low // MULTIPLE * MULTIPLE
 
 
 def pinned_bytes(shape: dict[str, Any], num_tokens: int) -> int:
@@ -194,23 +205,27 @@ class Model:
 
 
 def search(
-    model: Model, cap_gib: float, line: Line, deadline: records.Deadline, *, longest: int | None
+    model: Model, cap_gib: float, line: Line, deadline: records.Deadline, *, most_seconds: float, longest: int | None
 ) -> tuple[dict[str, Any], Line]:
-    """(The longest row under the cap that was seen to train; the line through it.)"""
+    """(The longest row under the cap that was seen to train; the line through it.)
+
+    most_seconds: of one step, by estimate; a row that time bounds and not memory is recorded as such
+    longest:      that is tried at all
+    """
     cap_memory({"cap_gib": cap_gib})
     usable = cap_gib * GIB * (1 - MARGIN_SHARE)
-    length = min(line.longest(usable), longest or 1 << 40)
+    bound = affordable(model.shape, model.num_layers, min(most_seconds, deadline.left))
+    if longest is not None:
+        bound = min(bound, longest)
+    length = min(line.longest(usable), bound)
     record: dict[str, Any] = {
-        "predicted_tokens": length,
+        "predicted_tokens": line.longest(usable),
         "bytes_per_token": round(line.per_token),
         "fixed_gib": round(line.fixed / GIB, 3),
         "tries": [],
     }
     best: dict[str, Any] | None = None
     while length >= MULTIPLE and len(record["tries"]) < MAX_TRIES:
-        if deadline.left < step_seconds(model.shape, length, model.num_layers):
-            record["why"] = f"a step of {length:,} tokens would take longer than is left"
-            break
         found = model.attempt(length)
         record["tries"].append({"tokens": length, "fits": found is not None})
         print(f"  {cap_gib} GiB, {length:,} tokens: {found or 'does not fit'}", flush=True)
@@ -219,16 +234,18 @@ def search(
                 break
             length = int(length * 0.95) // MULTIPLE * MULTIPLE
             continue
-        best = {"tokens": length, **found}
-        if longest is not None:
-            break
-        line = line.corrected(length, found["reserved_gib"] * GIB)
-        more = line.longest(usable)
+        best = {"tokens": length, "bounded_by": "time" if length >= bound else "memory", **found}
+        if found["reserved_gib"] * GIB > line.fixed:
+            line = line.corrected(length, found["reserved_gib"] * GIB)
+        more = min(line.longest(usable), bound)
         has_failed = not all(one["fits"] for one in record["tries"])
         if has_failed or more < WORTH_ANOTHER_TRY * length or found["seconds"] > CLIMB_SECONDS:
             break
+        if deadline.left < step_seconds(model.shape, more, model.num_layers):
+            break
         length = more
-    return {**record, **(best or {"error": record.get("why", "no length fits")})}, line
+    why = "no time was left" if bound < MULTIPLE else "no length fits"
+    return {**record, **(best or {"error": why})}, line
 
 
 def run_process(request: dict[str, Any], output: Path) -> None:
@@ -242,7 +259,8 @@ def run_process(request: dict[str, Any], output: Path) -> None:
     for cap in request["caps"]:
         record = {"cap_gib": cap, "prepare_seconds": prepared, **model.describe()}
         try:
-            result, line = search(model, cap, line, deadline, longest=request["longest"])
+            most_seconds, longest = request["most_seconds"], request["longest"]
+            result, line = search(model, cap, line, deadline, most_seconds=most_seconds, longest=longest)
             record |= result
         except Exception as error:  # noqa: BLE001 - the other caps are still worth their time
             record["error"] = f"{type(error).__name__}: {error}"[:800]
@@ -345,6 +363,7 @@ def measure_in_process(
                 "num_layers": num_layers,
                 "caps": left,
                 "seconds": deadline.left - 10,
+                "most_seconds": arguments.step_seconds,
                 "longest": 256 if arguments.tiny else None,
             }
             print(f"{shape}, {mode}, {num_layers} layers, caps {left}", flush=True)
@@ -387,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", default="lowest", help=f"of {', '.join(MODES)}, by comma")
     parser.add_argument("--caps", default=",".join(map(str, CAPS)), help="GiB, by comma")
     parser.add_argument("--seconds", type=float, default=300.0, help="for everything")
+    parser.add_argument("--step-seconds", type=float, default=90.0, help="longest step, by estimate")
     parser.add_argument("--full-seconds", type=float, default=60.0, help="longest step of a whole model, by estimate")
     parser.add_argument("--layers", type=int, default=3, help="of the model that stands in for a whole one")
     parser.add_argument("--output", type=Path, default=records.RESULTS / "long_context.json")

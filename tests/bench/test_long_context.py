@@ -28,11 +28,13 @@ class Card:
         return {"seconds": self._seconds, "reserved_gib": reserved} if reserved <= self._cap else None
 
 
-def search(card: Card, line: Any, cap_gib: float, *, seconds: float = 1e6) -> tuple[dict[str, Any], Any]:
+def search(card: Card, line: Any, cap_gib: float, **options: Any) -> tuple[dict[str, Any], Any]:
     import long_context
     import records
 
-    return long_context.search(card, cap_gib, line, records.Deadline(seconds), longest=None)  # type: ignore[arg-type]
+    deadline = records.Deadline(options.pop("seconds", 1e6))
+    options = {"most_seconds": 1e6, "longest": None, **options}
+    return long_context.search(card, cap_gib, line, deadline, **options)  # type: ignore[arg-type]
 
 
 def test_an_exact_prediction_is_tried_once() -> None:
@@ -75,17 +77,40 @@ def test_a_costly_step_is_not_repeated_for_a_little_more() -> None:
     assert len(card.tried) == 1
 
 
-def test_what_would_outlast_the_call_is_not_begun_and_what_never_fits_ends() -> None:
-    from long_context import Line
+def test_what_would_take_too_long_is_cut_to_what_does_not_and_the_record_says_so() -> None:
+    from long_context import Line, affordable
 
     card = Card(80, lambda tokens: 6 * GIB + 47_000 * tokens)
-    found, _ = search(card, Line(6 * GIB, 47_000), 80, seconds=5)
-    assert card.tried == []
-    assert "would take longer than is left" in found["error"]
+    found, _ = search(card, Line(6 * GIB, 47_000), 80, most_seconds=60)
+    assert card.tried == [found["tokens"]] == [affordable(card.shape, 3, 60)]
+    assert found["bounded_by"] == "time"
+    assert found["predicted_tokens"] > 4 * found["tokens"]
+    found, _ = search(Card(8, lambda tokens: 6 * GIB + 47_000 * tokens), Line(6 * GIB, 47_000), 8, most_seconds=60)
+    assert found["bounded_by"] == "memory"
+
+
+def test_what_never_fits_ends_and_nothing_is_begun_without_time() -> None:
+    from long_context import Line
+
     nothing = Card(8, lambda tokens: 9 * GIB)
     found, _ = search(nothing, Line(6 * GIB, 47_000), 8)
     assert len(nothing.tried) <= 7
     assert found["error"] == "no length fits"
+    card = Card(8, lambda tokens: 6 * GIB + 47_000 * tokens)
+    found, _ = search(card, Line(6 * GIB, 47_000), 8, seconds=0)
+    assert card.tried == []
+    assert found["error"] == "no time was left"
+
+
+def test_the_affordable_length_takes_about_the_seconds_that_it_may() -> None:
+    from long_context import affordable, step_seconds
+    from systems.common import SHAPES
+
+    shape = SHAPES["qwen3-8b"]
+    length = affordable(shape, 3, 60)
+    assert length % 128 == 0
+    assert step_seconds(shape, length, 3) <= 60 < step_seconds(shape, int(1.05 * length), 3)
+    assert affordable(shape, 3, 0) == 0
 
 
 def test_two_points_give_the_line() -> None:
