@@ -28,13 +28,9 @@ def carry(data: Path, output: Path, *, num_records: int) -> None:
         raise SystemExit(f"not there: {', '.join(missing)}")
     (output / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name, source in SOURCES.items():
-        # Without a date, so that the same records are the same bytes.
-        with (
-            gzip.open(data / source, "rb") as lines,
-            open(output / name, "wb") as raw,
-            gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed,
-        ):
-            packed.writelines(islice(lines, num_records))
+        with gzip.open(data / source, "rb") as lines:
+            # Without a date, so that the same records are the same bytes.
+            (output / name).write_bytes(gzip.compress(b"".join(islice(lines, num_records)), mtime=0))
     for name in TOKENIZER_FILES:
         if (data / TOKENIZER / name).exists():
             shutil.copyfile(data / TOKENIZER / name, output / "tokenizer" / name)

@@ -2,10 +2,10 @@
 
     python bench/kernel_cases.py [--only attention] [--output FILE] [--tiny] [--list]
 
-Odd numbers of rows, rows that lie apart, heads of 64 to 256, ranks of 1 to 64, all types, documents of one token, ignored
-rows. It is what bench/sanitize.py runs under compute-sanitizer: on the GPU nothing happens but copies and the kernels.
-`--tiny` takes the smallest sizes. Without a GPU the kernels run where Triton interprets them (TRITON_INTERPRET=1 and
-AFFINA_TRITON_ON_CPU=1); else the references are compared with themselves, in their types against float64.
+Odd numbers of rows, rows that lie apart, heads of 64 to 256, ranks of 1 to 64, all types, documents of one token,
+ignored rows. It is what bench/sanitize.py runs under compute-sanitizer: on the GPU nothing happens but copies and the
+kernels. `--tiny` takes the smallest sizes. Without a GPU the kernels run where Triton interprets them
+(TRITON_INTERPRET=1 and AFFINA_TRITON_ON_CPU=1); else the references are compared with themselves in float64.
 """
 
 from __future__ import annotations

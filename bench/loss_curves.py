@@ -4,11 +4,12 @@
     python bench/loss_curves.py --data carried [--seconds 150] [--variants …] [--seeds 5] [--steps 200]
                                 [--output bench/results/loss_curves.json] [--tiny]
 
-Chats of GSM8K and dolly through Qwen3's real tokenizer and template, packed into rows of 2,048 tokens; a Qwen3 of
-12 layers of width 1,024 (0.34 B parameters). Released weights are not at hand: the base is a random model that was
-trained in full for `--base-steps` steps on all tokens of the same data, a stand-in for a pre-trained one.
-Then each variant trains the same adapter for 200 steps of one row, with affina's own loop: objective, schedule,
-clipping, AdamW. A seed decides the adapter's start and the order of the rows, for all variants the same.
+Chats of GSM8K and dolly through Qwen3's real tokenizer and template, packed into rows of 2,048 tokens; a Qwen3 of six
+layers of width 1,024 (0.25 B parameters; the reference engine's thousand steps shall leave time for the others).
+Released weights are not at hand: the base is a random model that was trained in full for `--base-steps` steps on all
+tokens of the same data, a stand-in for a pre-trained one. Then each variant trains the same adapter for 200 steps of
+one row, with affina's own loop: objective, schedule, clipping, AdamW. A seed decides the adapter's start and the order
+of the rows, for all variants the same.
 
 The test. L_s is the mean loss of the last 50 steps with seed s. For each variant the differences L_s − L_s(reference),
 paired by seed, get a t interval; the variant is *equivalent* when the two one-sided tests (level 5%) put the mean
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -42,7 +43,7 @@ import records  # noqa: E402
 from equivalence import paired_test  # noqa: E402
 from figures import Panel, figure  # noqa: E402
 from systems.affina import be_deterministic, restart_adapter  # noqa: E402
-from systems.common import DEVICE, TARGETS, device_name, synchronize  # noqa: E402
+from systems.common import DEVICE, TARGETS, device_name, new_model, synchronize  # noqa: E402
 
 from affina.catalog.embedded import embedded_dataset_path  # noqa: E402
 from affina.config import load_mapping  # noqa: E402
@@ -70,7 +71,7 @@ from affina.training.state import TrainState  # noqa: E402
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 6,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -133,7 +134,7 @@ COLOURS = {
 
 
 def read_samples(folder: Path | None, cache: Path) -> tuple[SampleStore, int, int]:
-    """(prepared samples, id of the padding token, vocabulary of the tokenizer's model); None: what ships with affina."""
+    """(prepared samples, id of the padding token, vocabulary of the model); folder None: what ships with affina."""
     if folder is None:
         sources, model = [str(embedded_dataset_path("affina/support"))], "affina/nano"
     else:
@@ -176,24 +177,30 @@ def plan_of(store: SampleStore, seed: int, num_steps: int) -> BatchPlan:
     )
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The variant's type, float32 on a CPU."""
+    return dtype if DEVICE.type == "cuda" else torch.float32
+
+
 def make_base(shape: dict[str, Any], source: PlannedBatches, num_steps: int) -> dict[str, torch.Tensor]:
-    """Weights of a random model after `num_steps` full steps on all tokens, rounded to bfloat16."""
-    torch.manual_seed(0)
-    with DEVICE:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=True)
+    """Weights of a random model after `num_steps` full steps on all tokens, in bfloat16; float32 copies are trained."""
+    model = new_model(Qwen3Config(**shape), computed_in(torch.bfloat16)).train()
+    parameters = list(model.parameters())
+    masters = [parameter.detach().float() for parameter in parameters]
+    optimizer = torch.optim.AdamW(masters, lr=0.0, weight_decay=0.01, fused=True)
     schedule = Schedule("cosine", peak=1e-3, num_steps=num_steps, warmup_steps=max(1, num_steps // 20), min_ratio=0.1)
     for step in range(num_steps):
         (batch,) = source.step(step)
-        batch = with_all_labels(batch)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, count = supervised_loss(model, batch)
-        (loss / count).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss, count = supervised_loss(model, with_all_labels(batch))
+        gradients = torch.autograd.grad(loss / count, parameters)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        nn.utils.clip_grad_norm_(masters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, masters)
         if step % 50 == 0 or step == num_steps - 1:
             print(f"base, step {step + 1}: loss {float(loss.detach()) / count:.3f}", flush=True)
     return {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
@@ -221,10 +228,8 @@ class Trainee:
 
 
 def make_trainee(variant: Variant, shape: dict[str, Any], base: dict[str, torch.Tensor]) -> Trainee:
-    with DEVICE:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    model = new_model(Qwen3Config(**shape), computed_in(variant.dtype)).eval().requires_grad_(False)
     model.load_state_dict(base)
-    model.to(variant.dtype if DEVICE.type == "cuda" else torch.float32).eval().requires_grad_(False)
     if variant.weights is not None:
         quantize_linears(model, variant.weights, exclude=[model.get_output_embeddings()])
     adapted = attach_adapter(model, rank=16, alpha=32.0, targets=TARGETS)
@@ -388,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--base-steps", type=int, default=200, help="full steps that make the base")
+    parser.add_argument("--base-steps", type=int, default=150, help="full steps that make the base")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seconds", type=float, default=150.0, help="start no run that would end later")
     parser.add_argument("--output", type=Path, default=records.RESULTS / "loss_curves.json")

@@ -6,14 +6,16 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+POLL_SECONDS = 5.0
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "triton", "bitsandbytes", "liger-kernel", "unsloth", "affina")
 
@@ -26,6 +28,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    if torch := sys.modules.get("torch"):
+        found["torch"] = torch.__version__  # with the CUDA that it was built for
     return found
 
 
@@ -35,6 +39,11 @@ def environment(device_name: str) -> dict[str, Any]:
 
 def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def now() -> str:
+    """To the second: what names a call, so that only figures of one call are compared."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def write(path: Path, record: Any) -> None:
@@ -62,9 +71,17 @@ class Deadline:
 
 
 def run(
-    command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[int | None, str]:
-    """(exit status, what it printed); the status is None when it took longer, and nothing of it runs any more."""
+    """(exit status, what it printed); the status is None when it took longer, and nothing of it runs any more.
+
+    meanwhile: called every few seconds while it runs
+    """
+    deadline = Deadline(timeout)
     with TemporaryFile() as output:
         process = subprocess.Popen(
             command,
@@ -74,11 +91,14 @@ def run(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            status: int | None = process.wait(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        status: int | None = None
+        while status is None and deadline.left > 0:
+            try:
+                status = process.wait(timeout=min(POLL_SECONDS, max(deadline.left, 0.0)))
+            except subprocess.TimeoutExpired:
+                meanwhile()
+        if status is None:
             os.killpg(process.pid, signal.SIGKILL)  # compilers that it started hold memory of the device too
             process.wait()
-            status = None
         output.seek(0)
         return status, output.read().decode(errors="replace")

@@ -260,13 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(f"{entry.group:8} {entry.system:12} {entry.name}" for entry in plan))
         return
     found = (records.read(arguments.output) or {"records": []})["records"]
+    call = records.now()
     with tempfile.TemporaryDirectory() as folder:
         for entry in plan:
             if deadline.left < 15:
                 print("out of time; the rest is not measured")
                 break
             record = measure(entry, Path(folder), timeout=deadline.left, is_tiny=arguments.tiny)
-            record["date"] = records.today()
+            record |= {"date": records.today(), "call": call}
             found = merged(found, [record])
             print(table([record]), flush=True)
             records.write(arguments.output, {"records": found})

@@ -106,14 +106,19 @@ def dtype_of(spec: dict[str, Any]) -> torch.dtype:
 
 def random_model(spec: dict[str, Any]) -> Any:
     """The architecture with random weights, on the GPU."""
+    return new_model(config_of(spec), dtype_of(spec))
+
+
+def new_model(config: Any, dtype: torch.dtype) -> Any:
+    """A model of that config with random weights of that type, on the GPU; the rotation's angles stay float32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_of(spec))
+    torch.set_default_dtype(dtype)
     try:
         with DEVICE:
-            return AutoModelForCausalLM.from_config(config_of(spec))
+            return AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(default)
 
