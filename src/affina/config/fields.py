@@ -116,6 +116,8 @@ def _describe_one(kind: Any, metadata: tuple[Any, ...]) -> str:
     if get_origin(kind) is Literal:
         words = [str(word) for word in get_args(kind)]
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if get_origin(kind) is dict:
+        return "a mapping of options"
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
         among = "" if inner is str else f" out of {', '.join(map(str, get_args(inner)))}"

@@ -55,7 +55,7 @@ class Nf4Linear(QuantizedLinear):
     def quantized(self) -> Nf4Tensor:
         """The weight as the codec knows it; shares the layer's memory."""
         return Nf4Tensor(
-            self.weight.data,
+            self.codes.data,
             self.absmax,
             self.nested_absmax,
             self.nested_offset,
@@ -89,7 +89,7 @@ class Nf4Linear(QuantizedLinear):
             quantized = Nf4Tensor.from_state(stored, f"{prefix}weight")
             for name in self._BUFFERS:
                 value = getattr(quantized, name)
-                setattr(self, name, value.to(self.weight.device) if value is not None else None)
+                setattr(self, name, value.to(self.codes.device) if value is not None else None)
             self._dense_weight = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
