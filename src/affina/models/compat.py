@@ -19,11 +19,13 @@ def quiet_peft() -> Iterator[None]:
     """PEFT 0.21 reads `model.is_gradient_checkpointing`, which transformers ≥ 5.20 deprecates with a FutureWarning
     that the user can do nothing about. Delete when the oldest supported PEFT reads `is_activation_checkpointing`.
 
-    It also warns of parameters that a file does not have, which storage.py refuses; that BOFT's CUDA extension is not there, which one butterfly factor does not need; that a norm is
+    It also warns of parameters that a file does not have, which storage.py refuses; that the ranks which AdaLoRA has left are no pattern of LoRA's; that
+    BOFT's CUDA extension is not there, which one butterfly factor does not need; that a norm is
     "unsupported" to LayerNorm tuning, which copies the module whatever it is. Delete when it does not.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match.*")
         warnings.filterwarnings("ignore", message="Failed to load the CUDA extension.*", category=UserWarning)
         warnings.filterwarnings("ignore", message="Setting boft_n_butterfly_factor to 1.*", category=UserWarning)
         warnings.filterwarnings("ignore", message="Unsupported layer type .*orm.*encountered.*", category=UserWarning)
