@@ -38,7 +38,9 @@ from tests.training.method_cases import (
 CASES = [(method, weight_format) for method in METHODS for weight_format in FORMATS]
 TRAINABLE = [case for case in CASES if case[1] in METHODS[case[0]].trains_on]
 REFUSED = [case for case in CASES if case[1] not in METHODS[case[0]].trains_on]
-every_trainable_case = pytest.mark.parametrize(("method", "weight_format"), TRAINABLE, ids=["-".join(case) for case in TRAINABLE])
+every_trainable_case = pytest.mark.parametrize(
+    ("method", "weight_format"), TRAINABLE, ids=["-".join(case) for case in TRAINABLE]
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,9 @@ def test_the_registry_counts_what_is_trained_and_saved(base, trained, method, we
 def test_a_saved_adapter_loads_to_the_same_model(base, trained, method, weight_format):
     _, folder, expected = trained(method, weight_format)
     found = hidden_of(reload(base, folder, weight_format))
-    # PiSSA and OLoRA are saved as one LoRA of rank 2R: one sum instead of two, rounded otherwise.
-    tolerance = 1e-5 if method in ("pissa", "olora") else 0
+    # PiSSA and OLoRA are saved as one LoRA of rank 2R, AdaLoRA without the ranks that are masked: the same terms in other
+    # sums, some units of 2^-24 of numbers of the order of one.
+    tolerance = 1e-5 if method in ("pissa", "olora", "adalora") else 0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

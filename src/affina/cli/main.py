@@ -62,6 +62,7 @@ VERBS: dict[str, Verb] = {
         Verb("chat", "Talk to a run's model; /base compares with the model it came from."),
         Verb("merge", "Write the adapter into the base model, and prove that the two agree."),
         Verb("runs", "List runs, or compare two of them."),
+        Verb("methods", "Compare the adapter methods, and count their parameters on a model."),
         Verb("config-schema", "Print the JSON Schema of the config, for editors."),
     )
 }

@@ -76,7 +76,7 @@ class AdapterConfig(Section):
 
     method: MethodName | PeftName = Field(
         default="lora",
-        description="How the model is changed; `affina methods` compares them. Names from adamss on are PEFT's own: "
+        description="How the model is changed; `affina methods` compares them. Names from c3a on are PEFT's own: "
         "trained as PEFT does it, and not verified.",
     )
     rank: PositiveInt = Field(

@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from affina.config.rules import what_trains_instead, why_not_on
 from affina.errors import ModelError
 from affina.models.adapters.factors import start_from_weights
 from affina.models.adapters.limits import check_sizes
-from affina.models.adapters.peft_configs import Site, peft_config
+from affina.models.adapters.peft_configs import Site, option_refused, peft_config
 from affina.models.adapters.targets import residual_norms, resolve_targets, short_names
 from affina.models.adapters.trained_weights import train_weights, trained_weights_of
 from affina.models.compat import is_adapter_name, quiet_peft
@@ -73,14 +73,25 @@ def attach_adapter(
     names = _target_names(model, entry, settings)
     _check_layers(model, entry, settings, names)
     prepare_layers(model, method, names)
+    config = peft_config(settings, _site(model, settings, names))
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, peft_config(settings, _site(model, settings, names)), adapter_name=ADAPTER_NAME)
-        assert isinstance(adapted, PeftModel)
+        adapted = _get_peft_model(model, config, entry)
         if method in ("pissa", "olora"):
             start_from_weights(adapted, method, ADAPTER_NAME)
     prepare_for_training(adapted)
     remember_settings(adapted, settings)
+    return adapted
+
+
+def _get_peft_model(model: PreTrainedModel, config: PeftConfig, entry: AdapterMethod) -> PeftModel:
+    try:
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    except (ValueError, TypeError, ImportError) as error:
+        if entry.is_verified:
+            raise
+        raise option_refused(entry.name, error) from error
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from affina.models.adapters.attach import ADAPTER_NAME
 from affina.models.adapters.factors import lora_layers
-from affina.models.forward import Batch, evaluation_mode, hidden_states
+from affina.models.forward import Batch, evaluation_mode, hidden_states, isolation_of
 
 _ROWS_PER_BATCH = 1024
 _SPARE_DIRECTIONS = 8
@@ -32,11 +32,15 @@ class Directions:
 
     def add(self, rows: Tensor) -> None:
         """rows: [N, in]"""
-        rows = rows.float() if self.kept is None else torch.cat([self.kept, rows.float()])
-        # Σ Vᵀ = Uᵀ rows, and U comes from the small Gram matrix: N is far below the width of a large layer.
-        values, left = torch.linalg.eigh(rows.double() @ rows.double().t())
-        largest = left[:, values.argsort(descending=True)[: self._count]]
-        self.kept = (largest.t() @ rows.double()).float()
+        rows = (rows.float() if self.kept is None else torch.cat([self.kept, rows.float()])).double()
+        # From the smaller Gram matrix: of wide layers that of the rows, of narrow ones that of the inputs.
+        if len(rows) < rows.shape[1]:
+            _, left = torch.linalg.eigh(rows @ rows.t())
+            self.kept = (left.flip(1)[:, : self._count].t() @ rows).float()
+        else:
+            values, right = torch.linalg.eigh(rows.t() @ rows)
+            roots = values.clamp(min=0).sqrt().flip(0)[: self._count]
+            self.kept = (roots.unsqueeze(1) * right.flip(1)[:, : self._count].t()).float()
 
     def unit_rows(self, count: int) -> Tensor | None:
         """[count, in] orthonormal, the largest first; None when the rows span fewer directions."""
@@ -53,12 +57,13 @@ def start_from_inputs(model: PeftModel, batches: Iterable[Batch]) -> list[str]:
     """Give a fresh LoRA the main directions of its layers' inputs; names the layers whose inputs span too few, which stay
     random."""
     layers = lora_layers(model, ADAPTER_NAME)
+    layout = isolation_of(model).layout  # found out by forward passes of its own, which must not be counted
     found = {name: Directions(layer.r[ADAPTER_NAME] + _SPARE_DIRECTIONS) for name, layer in layers}
     for batch in batches:
         hooks = [layer.register_forward_pre_hook(_collector(found[name], batch)) for name, layer in layers]
         try:
             with evaluation_mode(model):
-                hidden_states(model, batch)
+                hidden_states(model, batch, layout=layout)
         finally:
             for hook in hooks:
                 hook.remove()

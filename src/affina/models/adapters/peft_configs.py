@@ -211,8 +211,14 @@ def _other(settings: AdapterSettings, site: Site) -> PeftConfig:
             warnings.simplefilter("ignore")
             return kind(**options)
     except (TypeError, ValueError) as error:
-        raise ModelError(
-            "adapter-option-wrong",
-            f"PEFT refuses adapter.options for {settings.method}: {str(error).splitlines()[0]}",
-            fix=f"see the documentation of {kind.__name__} in PEFT",
-        ) from error
+        raise option_refused(settings.method, error) from error
+
+
+def option_refused(method: str, error: Exception) -> ModelError:
+    """What PEFT says about options of a method that affina does not verify, as an error of the config."""
+    return ModelError(
+        "adapter-option-wrong",
+        f"PEFT refuses adapter.method {method} with these adapter.options",
+        why=" ".join(str(error).split())[:300],
+        fix=f"change adapter.options: the fields are those of PEFT's config of {method}",
+    )

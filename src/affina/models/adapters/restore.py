@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from affina.catalog.methods import method_named
 from affina.errors import ModelError
 from affina.models.adapters.attach import ADAPTER_NAME, settings_of
-from affina.models.adapters.storage import WEIGHTS_FILE
+from affina.models.adapters.storage import WEIGHTS_FILE, tensors_for_file
 from affina.models.adapters.trained_weights import trained_weights_of
 from affina.models.compat import is_adapter_name
 from affina.models.structure import base_model_of
@@ -38,7 +38,7 @@ def save_training_state(model: nn.Module, folder: Path) -> None:
     if method.name not in _INCOMPLETE_FILES and method.is_verified:
         return
     assert isinstance(model, PeftModel)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_tensors(model).items()}
+    tensors = tensors_for_file(_adapter_tensors(model))
     metadata = {}
     if method.name == "adalora":
         tensors |= {name: tensor.cpu() for name, tensor in _importance(model).items()}

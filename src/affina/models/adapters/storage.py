@@ -118,8 +118,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     identity = dict(base) if base is not None else base_identity(model)
     state, config = _state_and_config(model)
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors_for_file(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config |= {"inference_mode": True, "base_model_name_or_path": identity.get("path") or None}
     _write_json(folder / CONFIG_FILE, {key: _jsonable(value) for key, value in config.items()})
     info = {
@@ -134,6 +133,17 @@ def save_adapter(
     for name in (WEIGHTS_FILE, CONFIG_FILE, INFO_FILE):
         _flush(folder / name)
     return folder
+
+
+def tensors_for_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own: safetensors refuses what two layers share (RandLoRA's bases)."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        kept = tensor.detach().to("cpu").contiguous()
+        tensors[name] = kept.clone() if kept.data_ptr() in seen else kept
+        seen.add(kept.data_ptr())
+    return tensors
 
 
 def _state_and_config(model: nn.Module) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
