@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from affina.catalog.methods import METHODS
+from affina.catalog.methods import method_named
 from affina.models.adapters import attach_adapter, load_adapter, save_adapter
 from affina.models.adapters.attach import fast_learning_parameters
 from affina.models.adapters.eva import start_from_inputs
@@ -48,7 +48,7 @@ FORMATS: dict[str, WeightFormatOptions | None] = {"dense": None, "nf4": Nf4Optio
 
 def small_options(method: str) -> dict[str, Any]:
     """Sizes for a tiny model. P-tuning's encoder is a setting of prefix tuning too, where none is the default."""
-    fields = METHODS[method].fields
+    fields = method_named(method).fields
     return {
         name: value
         for name, value in SMALL.items()

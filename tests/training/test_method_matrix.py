@@ -94,7 +94,8 @@ def test_the_registry_counts_what_is_trained_and_saved(base, trained, method, we
 def test_a_saved_adapter_loads_to_the_same_model(base, trained, method, weight_format):
     _, folder, expected = trained(method, weight_format)
     found = hidden_of(reload(base, folder, weight_format))
-    # PiSSA and OLoRA are saved as one LoRA of rank 2R, AdaLoRA without the ranks that are masked: the same terms in other
+    # PiSSA and OLoRA are saved as one LoRA of rank 2R, AdaLoRA without the ranks that are masked: the same terms
+    # in other
     # sums, some units of 2^-24 of numbers of the order of one.
     tolerance = 1e-5 if method in ("pissa", "olora", "adalora") else 0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -156,10 +157,10 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_random_state_alone(
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
-NF4_CASES = [(method,) for method, weight_format in TRAINABLE if weight_format == "nf4" and method != "loftq"]
+NF4_CASES = [method for method, weight_format in TRAINABLE if weight_format == "nf4" and method != "loftq"]
 
 
-@pytest.mark.parametrize(("method",), NF4_CASES, ids=[case[0] for case in NF4_CASES])
+@pytest.mark.parametrize("method", NF4_CASES)
 @pytest.mark.parametrize("weight_format", ["nf4", "int8", "fp8"])
 def test_gradients_on_codes_are_those_on_the_weights_that_they_stand_for(base, method, weight_format):
     # PEFT's HRA trains on int8 codes as if they were weights, without an error; here this would be seen.

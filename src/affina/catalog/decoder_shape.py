@@ -1,7 +1,7 @@
 """The sizes of a decoder, read from its config.json alone: enough to count parameters without loading anything.
 
-Known are the decoders that are made of grouped-query attention, a gated MLP and RMS norms: Qwen3, Qwen2 (and 2.5), Llama and
-Mistral. The sizes of some hub models are kept here as facts, so that they can be counted without a network.
+Known are the decoders that are made of grouped-query attention, a gated MLP and RMS norms: Qwen3, Qwen2 (and 2.5),
+Llama and Mistral. The sizes of some hub models are kept here as facts, so that they can be counted without a network.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _shape(config: Mapping[str, Any]) -> DecoderShape:
 
 Sizes = tuple[Literal["qwen3", "qwen2", "llama", "mistral"], int, int, int, int, int, int, int, bool]
 
-# family, layers, hidden, intermediate, heads, key-value heads, head size, vocabulary, tied: the models' own config.json.
+# family, layers, hidden, intermediate, heads, key-value heads, head size, vocabulary, tied: the models' own
+# config.json.
 _KNOWN: Mapping[str, Sizes] = {
     "Qwen/Qwen3-0.6B": ("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-1.7B": ("qwen3", 28, 2048, 6144, 16, 8, 128, 151936, True),
@@ -153,7 +154,8 @@ _SIZES = (
 
 
 def shape_of_model(path: str) -> DecoderShape:
-    """The sizes of a folder, of affina/nano, or of a hub id that is known here or whose config.json is in the hub's cache.
+    """The sizes of a folder, of affina/nano, or of a hub id that is known here or whose config.json is in the hub's
+    cache.
 
     Fetches nothing. Raises ModelError[shape-unknown].
     """
@@ -164,7 +166,7 @@ def shape_of_model(path: str) -> DecoderShape:
         raise ModelError(
             "shape-unknown",
             f'the sizes of "{path}" are not known',
-            why="it is no folder with a config.json, not in the hub's cache, and not among the models whose sizes are kept",
+            why="it is no folder with a config.json, not in the hub's cache, and not among the known models",
             fix=f"give a folder, or one of {', '.join(_KNOWN)}",
         )
     shape = decoder_shape(config)

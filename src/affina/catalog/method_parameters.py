@@ -1,4 +1,5 @@
-"""How many parameters each method trains, from the sizes of the layers: arithmetic that a test compares with the real count.
+"""How many parameters each method trains, from the sizes of the layers: arithmetic that a test compares with the real
+count.
 
 Letters: R rank, D hidden size, L layers, o and i outputs and inputs of a linear layer, v virtual tokens, m bottleneck,
 h width of an encoder, G·K key-value heads times their size.

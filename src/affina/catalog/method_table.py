@@ -104,26 +104,28 @@ def _row(method: AdapterMethod, shape: DecoderShape | None) -> MethodRow:
 _INTRODUCTION = """\
 # Adapter methods: `adapter.method`
 
-*Written by `affina methods --markdown` from the registry that validation and the tests use; a test keeps it up to date.*
+*Written by `affina methods --markdown` from the registry that validation uses; a test keeps it up to date.*
 
 ```yaml
 adapter: lora                # short for `adapter: {method: lora}`
 ```
 
-`affina methods --model Qwen/Qwen3-4B` counts parameters, file and memory for a model, in well under a second and without loading
-it. Every method in the tables is tested on dense weights and on NF4 where it trains there: gradients, saving and loading, switching
-off and on, merging or its refusal, and a resumed run with the bits of one that was never stopped.
+`affina methods --model Qwen/Qwen3-4B` counts parameters, file and memory for a model, in well under a second and
+without loading it. Every method in the tables is tested on dense weights and on NF4 where it trains there: gradients,
+saving and loading, switching off and on, merging or its refusal, and a resumed run with the bits of one that was never
+stopped.
 Which to take: [choosing a method](../guides/choosing-a-method.md).
 """
 
 _AFTER_TABLE = """\
-*Trains on*: weight formats of the base, each compared with the dense weights that it stands for. *Merges*: into one plain model,
-verified. *Shares rows*: several samples in one row (`data.packing`); else each is computed in a row of its own. *Recomputes*:
-works with `training.gradient_checkpointing`. *Swap*, *mix*: PEFT exchanges a loaded adapter in place, and uses several in one batch;
-for every other method of PEFT's than LoRA's, `adapter_names` applies the active adapter to all rows without an error. *vLLM*,
-*llama.cpp*: read the saved file as it is, or after a conversion; a merged model they always read. *Fast*: the fused decoder trains
-it; others train on transformers' own forward, and the run says so. *Rate*: a first learning rate over LoRA's, which is applied to
-the default and to presets, never to a rate that you write.
+*Trains on*: weight formats of the base, each compared with the dense weights that it stands for. *Merges*: into one
+plain model, verified. *Shares rows*: several samples in one row (`data.packing`); else each is computed in a row of its
+own. *Recomputes*: works with `training.gradient_checkpointing`. *Swap*, *mix*: PEFT exchanges a loaded adapter in
+place, and uses several in one batch; for every other method of PEFT's than LoRA's, `adapter_names` applies the active
+adapter to all rows without an error. *vLLM*, *llama.cpp*: read the saved file as it is, or after a conversion; a merged
+model they always read. *Fast*: the fused decoder trains it; others train on transformers' own forward, and the run says
+so. *Rate*: a first learning rate over LoRA's, which is applied to the default and to presets, never to a rate that you
+write.
 """
 
 
@@ -155,8 +157,9 @@ def _sizes(model: str) -> Iterator[str]:
     table = method_table(model)
     yield f"## Sizes on {model}"
     yield ""
-    yield f"With default settings, of {table.num_parameters:,} parameters. The file is float32; memory is what comes beside the base"
-    yield "and its activations with AdamW: parameter, gradient, two moments, and what a method holds besides."
+    yield f"With default settings, of {table.num_parameters:,} parameters. The file is float32; memory is"
+    yield "what comes beside the base and its activations with AdamW: parameter, gradient, two moments, and what a"
+    yield "method holds besides."
     yield ""
     yield "| method | trained | share | file, MB | memory, GB |"
     yield "|---|---|---|---|---|"
@@ -164,8 +167,8 @@ def _sizes(model: str) -> Iterator[str]:
         assert row.sizes is not None
         sizes = row.sizes
         yield (
-            f"| `{row.method.name}` | {sizes.num_trainable:,} | {100 * sizes.share:.3g}% | {sizes.file_bytes / 1e6:,.1f} | "
-            f"{sizes.training_bytes / 1e9:.2f} |"
+            f"| `{row.method.name}` | {sizes.num_trainable:,} | {100 * sizes.share:.3g}% "
+            f"| {sizes.file_bytes / 1e6:,.1f} | {sizes.training_bytes / 1e9:.2f} |"
         )
 
 
@@ -185,9 +188,9 @@ def _details() -> Iterator[str]:
     yield ""
     yield "## Other methods of PEFT"
     yield ""
-    yield f"By their PEFT names, with the fields of their PEFT config under `adapter.options`: {', '.join(get_args(PeftName))}."
-    yield "They train as PEFT does it, on dense weights only, and are not merged: affina tests that they attach, train, save and load"
-    yield "again, and no more. The run and `affina check` say so."
+    yield f"{', '.join(f'`{name}`' for name in get_args(PeftName))}: by their PEFT names, with the fields of their"
+    yield "config under `adapter.options`. They train as PEFT does it, on dense weights only, and are not merged:"
+    yield "affina tests that they attach, train, save and load again, and no more. The run and `affina check` say so."
 
 
 def _sentence(text: str) -> str:

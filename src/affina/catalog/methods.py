@@ -1,7 +1,8 @@
-"""The adapter methods: one entry each. Validation, documentation, `affina methods` and the test matrix are made from it.
+"""The adapter methods: one entry each. Validation, documentation, `affina methods` and the test matrix are made from
+it.
 
-Loads neither torch nor PEFT. What a method does is in models/adapters/; here stands what it is, what it can do, and how large
-it becomes.
+Loads neither torch nor PEFT. What a method does is in models/adapters/; here stands what it is, what it can do, and how
+large it becomes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ PeftName = Literal[
     "randlora", "road", "supertuning", "tinylora", "unilora", "vblora", "waveft",
 ]  # fmt: skip
 """Other methods of PEFT, by their PEFT names: trained as PEFT does it, and marked unverified. Left out is what PEFT
-0.21 loads back as another model (lily), what fails or warns on a decoder without biases (beft, frod, shadow, shira), needs another
+0.21 loads back as another model (lily), what fails or warns on a decoder without biases (beft, frod, shadow, shira),
+needs another
 package (adamss) or other adapters (xlora, poly), and its other prompt methods."""
 
 Merging = Literal["exact", "dequantised base", "no"]
@@ -54,7 +56,8 @@ class AdapterMethod:
     hot_swap:             whether PEFT exchanges a loaded adapter in place
     mixed_batch:          whether one batch may use several adapters (PEFT's `adapter_names`)
     packs:                whether samples share a row; else each is computed in a row of its own
-    vllm, llama_cpp:      whether the saved file is served: as it is, after a conversion, or not (a merged model always is)
+    vllm, llama_cpp:      whether the saved file is served: as it is, after a conversion, or not (a merged model
+                          always is)
     fast_engine:          whether the fused decoder trains it
     learning_rate_factor: a good first learning rate, over LoRA's on the same model
     count, count_file:    parameters that are trained, and that are in the file
@@ -104,7 +107,8 @@ class AdapterMethod:
         return (self.count_file or self.count)(shape, settings)
 
     def training_bytes(self, shape: DecoderShape, settings: AdapterSettings) -> int:
-        """Memory beside the base and its activations: float32 parameter, gradient and two moments, and what is frozen."""
+        """Memory beside the base and its activations: float32 parameter, gradient and two moments, and what is
+        frozen."""
         frozen = self.num_frozen(shape, settings) if self.num_frozen is not None else 0
         return 16 * self.count(shape, settings) + 4 * frozen
 
@@ -179,7 +183,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             "arXiv:2402.12354",
             "LoRA whose B learns faster than A, by learning_rate_ratio",
             fields=(*LOW_RANK_FIELDS, "learning_rate_ratio"),
-            source="ratio 2⁴: LoRA+ (arXiv:2402.12354); A's rate is a quarter of LoRA's, so that the mean of both stays",
+            source="ratio 2⁴: LoRA+ (arXiv:2402.12354); A's rate is a quarter of LoRA's: the mean of both stays",
             learning_rate_factor=0.25,
         ),
         _low_rank(
@@ -224,7 +228,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             "starts above the wanted rank and takes ranks away where they matter least",
             kind="low-rank",
             fields=(*LOW_RANK_FIELDS, "initial_rank", "orthogonal_weight"),
-            source="initial rank 1.5 R, γ = 0.5, β = 0.85: AdaLoRA (arXiv:2303.10512); budget from 10% to 70% of the steps",
+            source="initial rank 1.5 R, γ = 0.5, β = 0.85: AdaLoRA (arXiv:2303.10512); budget from 10 to 70%",
             cost="keeps three float32 copies of its parameters for their importance",
             count=count.adalora,
             count_file=count.adalora_file,
@@ -239,7 +243,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             fields=("rank", "alpha", "targets"),
             defaults={"rank": 8, "alpha": 16.0},
             source="LyCORIS (arXiv:2309.14859), PEFT's defaults with α = 2R",
-            cost="forms the whole update [o, i] of every layer, twice a step: slow, and memory for one dense weight a layer",
+            cost="forms the whole update [o, i] of every layer, twice a step: slow, and a dense weight a layer",
             count=count.twice_low_rank,
         ),
         _tuner(
@@ -302,7 +306,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             fields=("block_size", "targets"),
             defaults={"block_size": 4},
             source="PEFT's defaults, one butterfly factor (arXiv:2311.06243)",
-            cost="forms and multiplies a dense i × i rotation in every layer, and PEFT keeps a permutation of that size",
+            cost="forms and multiplies a dense i × i rotation in every layer, beside a permutation of that size",
             count=count.boft,
             num_frozen=count.boft_permutations,
         ),

@@ -73,8 +73,8 @@ def print_methods(console: Console, table: MethodTable) -> None:
     console.print(rows)
     if table.model is not None:
         console.print(
-            f"\n{table.model}: {table.num_parameters:,} parameters. Default settings; files in float32; memory is what comes "
-            "beside the base and its activations with AdamW.",
+            f"\n{table.model}: {table.num_parameters:,} parameters. Default settings; files in float32; "
+            "memory is what comes beside the base and its activations with AdamW.",
             style="dim",
             soft_wrap=True,
         )

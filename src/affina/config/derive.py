@@ -81,7 +81,8 @@ def _precision(config: RunConfig, origins: Origins) -> list[Derived]:
 
 
 def _adapter(config: RunConfig, origins: Origins) -> list[Derived]:
-    """What the method's settings are where nobody has set them. Rank and scale of a preset are meant for LoRA's relatives."""
+    """What the method's settings are where nobody has set them. Rank and scale of a preset are meant for LoRA's
+    relatives."""
     method = method_named(config.adapter.method)
     is_like_lora = set(LOW_RANK_FIELDS) <= set(method.fields)
     defaults = method.settings(initial_rank=ceil(1.5 * config.adapter.rank))
@@ -129,9 +130,10 @@ def _recomputation(config: RunConfig, origins: Origins) -> list[Derived]:
 def _max_length(config: RunConfig, origins: Origins) -> list[Derived]:
     """The default length is for models of billions of parameters; a small one may read less."""
     context = local_context_tokens(config.model.path)
-    if context is None or context >= config.data.max_length or not _is_open(origins, "data.max_length"):
+    room = context - (config.adapter.num_virtual_tokens or 0) if context is not None else None
+    if room is None or room >= config.data.max_length or not _is_open(origins, "data.max_length"):
         return []
-    return [Derived("data.max_length", max(context, 8), f"{config.model.path} reads {context:,} tokens")]
+    return [Derived("data.max_length", max(room, 8), f"{config.model.path} reads {context:,} tokens")]
 
 
 def _validation(config: RunConfig, origins: Origins) -> list[Derived]:
@@ -192,8 +194,8 @@ _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
 
 
 def adapter_scale(config: RunConfig) -> float | None:
-    """What the adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732); None for
-    a method without such a scale."""
+    """What the adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732);
+    None for a method without such a scale."""
     adapter = config.adapter
     method = method_named(adapter.method)
     if "alpha" not in method.fields:

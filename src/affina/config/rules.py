@@ -220,7 +220,8 @@ def _scale_too_large(settings: Settings) -> ConfigError | None:
 
 @reads("adapter.method")
 def _unused_adapter_setting(settings: Settings) -> ConfigError | None:
-    """A setting that the method does not read. One with its default value means nothing, and a preset's are left aside."""
+    """A setting that the method does not read. One with its default value means nothing, and a preset's are left
+    aside."""
     adapter = settings.config.adapter
     method = method_named(adapter.method)
     unused = [
@@ -297,6 +298,19 @@ def _checkpointing_of_method(settings: Settings) -> ConfigError | None:
     )
 
 
+@reads("adapter.method", "data.streaming")
+def _eva_with_streaming(settings: Settings) -> ConfigError | None:
+    if settings.config.adapter.method != "eva" or not settings.config.data.streaming:
+        return None
+    return ConfigError(
+        "eva-with-streaming",
+        "adapter.method is eva and data.streaming is true",
+        why="EVA looks at the first samples before the first step, and a stream cannot be wound back",
+        fix="turn data.streaming off, or write `adapter: lora`",
+        where=settings.where("adapter.method", "data.streaming"),
+    )
+
+
 @reads("adapter.method", "adapter.rank", "adapter.initial_rank")
 def _initial_rank_too_small(settings: Settings) -> ConfigError | None:
     adapter = settings.config.adapter
@@ -356,22 +370,29 @@ def _lowest_keeps_activations(settings: Settings) -> ConfigError | None:
     )
 
 
-@reads("data.max_length", "model.path")
+@reads("data.max_length", "model.path", "adapter.num_virtual_tokens")
 def _longer_than_context(settings: Settings) -> ConfigError | None:
     """For a model on this machine; that of a hub id is compared once its config.json is there."""
     context = local_context_tokens(settings.config.model.path)
-    if context is None or settings.config.data.max_length <= context:
+    if context is None or settings.config.data.max_length <= room_for_samples(settings.config, context):
         return None
     return longer_than_context(settings.config, context, where=settings.where("data.max_length", "model.path"))
 
 
+def room_for_samples(config: RunConfig, context: int) -> int:
+    """Tokens of a context that are left for a sample: virtual tokens take theirs."""
+    return context - (config.adapter.num_virtual_tokens or 0)
+
+
 def longer_than_context(config: RunConfig, context: int, *, where: Location | None = None) -> ConfigError:
     """The error for samples that the model could not read whole."""
+    room = room_for_samples(config, context)
+    taken = f", of which the adapter's virtual tokens take {context - room}" if room < context else ""
     return ConfigError(
         "longer-than-context",
-        f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}",
+        f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}{taken}",
         why="beyond its context a model has never seen the positions: it would learn noise, or fail",
-        fix=f"write `max_length: {context}` or less; data.truncation says what happens to longer samples",
+        fix=f"write `max_length: {room}` or less; data.truncation says what happens to longer samples",
         where=where,
     )
 

@@ -82,7 +82,7 @@ class AdapterConfig(Section):
     rank: PositiveInt = Field(
         default=16,
         description="Width of the update. Raise it when the training loss falls too slowly on much data; "
-        "one unit holds about 4 million supervised tokens of a 4B model. Other methods than LoRA's have their own default.",
+        "one unit holds about 4 million supervised tokens of a 4B model. Methods unlike LoRA have their own default.",
     )
     alpha: Annotated[float, Field(gt=0)] = Field(
         default=32.0, description="Numerator of the update's scale. Tune the learning rate rather than this."
@@ -111,8 +111,8 @@ class AdapterConfig(Section):
     )
     encoder_hidden_size: PositiveInt | None = Field(
         default=None,
-        description="Of ptuning: width of its encoder; 128. Of prefix: width of an encoder that is used in training only; "
-        "none where not given.",
+        description="Of ptuning: width of its encoder; 128. Of prefix: width of an encoder that only training "
+        "uses; none where not given.",
     )
     block_size: PositiveInt | None = Field(
         default=None, description="Of oft and boft: inputs that are rotated together; 32 and 4."

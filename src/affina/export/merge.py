@@ -2,7 +2,8 @@
 
     W' = W + s · B A        computed in float32, rounded once to the type of the result
 
-(LoRA; mergers.py has the other methods.) The base is the original one, never its quantised copy: merging into that would quantise the sum again and lose part of
+(LoRA; mergers.py has the other methods.) The base is the original one, never its quantised copy: merging into that
+would quantise the sum again and lose part of
 the adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are
 compared with those of base and adapter: an export whose effect vanished fails, and leaves nothing behind.
 """
@@ -123,7 +124,8 @@ def merge(
     trained_int8_vocabulary: whether its embedding and head were in int8 (engine.memory: lowest), likewise
     probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
 
-    Raises ExportError: output-exists, disk-full, dtype-unknown, merge-unsupported (the method), merge-vanished (the adapter's effect is not in the
+    Raises ExportError: output-exists, disk-full, dtype-unknown, merge-unsupported (the method), merge-vanished (the
+                        adapter's effect is not in the
                         result),
     merge-unverified (the result differs by more than rounding); ModelError when base or adapter cannot be used.
     """

@@ -64,7 +64,7 @@ def require_mergeable(info: AdapterInfo) -> None:
     reasons = {
         "virtual tokens": "its trained tokens stand before the input; no weight of the model holds them",
         "bottleneck": "it is not linear: no weight does what it does",
-        "unverified": "affina has not verified that PEFT merges it rightly (HRA and C3A are known to give garbage on 8 bits)",
+        "unverified": "affina has not verified that PEFT merges it rightly (HRA and C3A give garbage on 8 bits)",
     }
     raise ExportError(
         "merge-unsupported",
@@ -140,7 +140,7 @@ class LayerMerger:
         if leaf in before:
             base._parameters[leaf].data = tensor.to(before[leaf].device, torch.float32).clone()
         layer.merge(safe_merge=False, adapter_names=[ADAPTER_NAME])
-        result = getattr(layer.get_base_layer(), leaf).data.float().cpu().clone()
+        result: Tensor = getattr(layer.get_base_layer(), leaf).data.float().cpu().clone()
         if isinstance(layer, LNTuningLayer):
             layer.unmerge()  # an exchange of modules, exact
         layer.merged_adapters.clear()

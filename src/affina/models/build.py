@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from affina.catalog.context import context_tokens
 from affina.catalog.decoder_shape import decoder_shape
 from affina.catalog.methods import method_named
-from affina.config.rules import longer_than_context
+from affina.config.rules import longer_than_context, room_for_samples
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
@@ -80,7 +80,7 @@ def check_before_data(config: RunConfig) -> None:
     model = config.model
     raw_config = check_causal_lm(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     context = context_tokens(raw_config)
-    if context is not None and config.data.max_length > context:
+    if context is not None and config.data.max_length > room_for_samples(config, context):
         raise longer_than_context(config, context)
     shape = decoder_shape(raw_config)
     if shape is not None:

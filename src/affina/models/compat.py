@@ -19,9 +19,9 @@ def quiet_peft() -> Iterator[None]:
     """PEFT 0.21 reads `model.is_gradient_checkpointing`, which transformers ≥ 5.20 deprecates with a FutureWarning
     that the user can do nothing about. Delete when the oldest supported PEFT reads `is_activation_checkpointing`.
 
-    It also warns of parameters that a file does not have, which storage.py refuses; that the ranks which AdaLoRA has left are no pattern of LoRA's; that
-    BOFT's CUDA extension is not there, which one butterfly factor does not need; that a norm is
-    "unsupported" to LayerNorm tuning, which copies the module whatever it is. Delete when it does not.
+    It also warns of parameters that a file does not have, which storage.py refuses; that the ranks which AdaLoRA has
+    left are no pattern of LoRA's; that BOFT's CUDA extension is not there, which one butterfly factor does not need;
+    that a norm is "unsupported" to LayerNorm tuning, which copies the module whatever it is. Delete when it does not.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys.*", category=UserWarning)
@@ -88,8 +88,9 @@ def import_bitsandbytes_offline() -> None:
 def register_peft_tuner(name: str, config: type[Any], tuner: type[Any], prefix: str) -> None:
     """Make a tuner of affina's own known to PEFT under `name`.
 
-    PEFT 0.21's public `register_peft_method` takes names of its own enumeration only (its issue #244 asks for bottleneck
-    adapters since 2023), so the entry goes into the mappings that it fills. Delete when it takes other names.
+    PEFT 0.21's public `register_peft_method` takes names of its own enumeration only (its issue #244 asks for
+    bottleneck adapters since 2023), so the entry goes into the mappings that it fills. Delete when it takes other
+    names.
     """
     from peft import mapping
 

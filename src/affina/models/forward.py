@@ -137,7 +137,8 @@ def compute_context(model: nn.Module) -> torch.autocast | nullcontext[None]:
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype:
-    """The type of the forward pass: the base's, or, where the base's own weights are trained in float32, what it was."""
+    """The type of the forward pass: the base's, or, where the base's own weights are trained in float32, what it
+    was."""
     trained = trained_weights_of(model)
     dtype: torch.dtype = trained.compute_dtype if trained is not None else base_model_of(model).dtype
     return dtype

@@ -1,8 +1,8 @@
 """Prompt methods: trained tokens before every sample, as embeddings or as keys and values of every layer.
 
-PEFT adds them in `PeftModel.forward`, from which affina takes only the encoder: the body is called here, and the loss needs
-hidden states of the sample's own tokens. Samples do not share a row: each begins with the virtual tokens, and only what is in a
-row of its own sees nothing else.
+PEFT adds them in `PeftModel.forward`, from which affina takes only the encoder: the body is called here, and the loss
+needs hidden states of the sample's own tokens. Samples do not share a row: each begins with the virtual tokens, and
+only what is in a row of its own sees nothing else.
 """
 
 from __future__ import annotations

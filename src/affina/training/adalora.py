@@ -1,9 +1,9 @@
 """AdaLoRA's part of a training step: its regularisation, and the ranks that it takes away.
 
-Zhang et al., arXiv:2303.10512. An update is P Λ Q with P and Q kept near orthogonal by γ · mean ‖PᵀP − I‖; every few steps the
-directions that matter least over the whole model are masked, until on average `rank` are left (section 3.3; the budget falls
-as a cube). PEFT keeps importance and masks; nothing in PEFT calls them, and its loss adds the regularisation only in a forward
-pass of its own. The loop does both, through `MethodStep`.
+Zhang et al., arXiv:2303.10512. An update is P Λ Q with P and Q kept near orthogonal by γ · mean ‖PᵀP − I‖; every few
+steps the directions that matter least over the whole model are masked, until on average `rank` are left (section 3.3;
+the budget falls as a cube). PEFT keeps importance and masks; nothing in PEFT calls them, and its loss adds the
+regularisation only in a forward pass of its own. The loop does both, through `MethodStep`.
 """
 
 from __future__ import annotations

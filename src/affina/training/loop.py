@@ -57,7 +57,8 @@ class MethodStep(Protocol):
     """What an adapter method adds to a step (AdaLoRA: training/adalora.py). Its state is the adapter's."""
 
     def regularization(self) -> Tensor | None:
-        """A term of the step's mean loss that no sample causes; None: there is none. The reported loss is without it."""
+        """A term of the step's mean loss that no sample causes; None: there is none. The reported loss is without
+        it."""
         ...
 
     def after_update(self, step: int) -> None:

@@ -267,7 +267,9 @@ def _start_from_inputs(model: nn.Module, source: BatchSource, num_steps: int, ob
     assert isinstance(model, PeftModel)
     left_random = start_from_inputs(model, batches)
     if left_random:
-        what = f"{len(left_random)} layers start at random: the inputs of {left_random[0]} span fewer directions than the rank"
+        what = (
+            f"{len(left_random)} layers start at random: inputs of {left_random[0]} span fewer directions than the rank"
+        )
         observers.event("note", f"EVA: {what}; raise adapter.calibration_samples")
 
 

@@ -1,7 +1,7 @@
 """A fresh, trainable adapter on a frozen model.
 
-PEFT owns the parameters and the file; affina decides where they go, how they start and in which type they are computed, and
-refuses what PEFT would do silently wrong.
+PEFT owns the parameters and the file; affina decides where they go, how they start and in which type they are computed,
+and refuses what PEFT would do silently wrong.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ def attach_adapter(
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> PeftModel | PreTrainedModel:
     """`model` with a fresh adapter in float32, wrapped by PEFT; `model` itself where its own weights are trained.
 
     rank, alpha, dropout, targets: of the methods that have them; None: the method's default
     options: the method's other settings by their names in the section `adapter`
 
-    The base is frozen. What is random is drawn from `seed` alone, on the CPU, so the same seed gives the same adapter on every
-    device, and the global random state is left as it was. Most methods change nothing before the first step; virtual tokens do.
+    The base is frozen. What is random is drawn from `seed` alone, on the CPU, so the same seed gives the same adapter
+    on every device, and the global random state is left as it was. Most methods change nothing before the first step;
+    virtual tokens do.
 
-    Raises ModelError: adapter-method-unknown, target-unmatched, adapter-unsupported (a weight format on which the method does
+    Raises ModelError: adapter-method-unknown, target-unmatched, adapter-unsupported (a weight format on which the
+                       method does
     not train), rank-above-layer, block-size-unfit, adapter-option-wrong, num-layers-too-large.
     """
     entry = method_named(method)
@@ -88,9 +90,14 @@ def _get_peft_model(model: PreTrainedModel, config: PeftConfig, entry: AdapterMe
     try:
         adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, ImportError) as error:
-        if entry.is_verified:
-            raise
-        raise option_refused(entry.name, error) from error
+        if not entry.is_verified:
+            raise option_refused(entry.name, error) from error
+        raise ModelError(
+            "adapter-unsupported",
+            f"PEFT does not put {entry.title} on {type(model).__name__}",
+            why=" ".join(str(error).split())[:300],
+            fix="write `adapter: lora`, which goes on every linear layer",
+        ) from error
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -125,8 +132,8 @@ def remember_settings(model: nn.Module, settings: AdapterSettings) -> None:
 
 
 def settings_of(model: nn.Module) -> AdapterSettings:
-    """The settings of the adapter on `model`; of one that was loaded, only the method. Plain LoRA's for one that PEFT has
-    attached without affina."""
+    """The settings of the adapter on `model`; of one that was loaded, only the method. Plain LoRA's for one that PEFT
+    has attached without affina."""
     return _SETTINGS.get(base_model_of(model)) or AdapterSettings()
 
 

@@ -1,19 +1,24 @@
-"""Bottleneck adapters: a small MLP with a residual after chosen layers, as a tuner that PEFT attaches, saves and switches.
+"""Bottleneck adapters: a small MLP with a residual after chosen layers, as a tuner that PEFT attaches, saves and
+switches.
 
     y = h + U relu(D drop(h) + d) + u        h = W x + b, the output of the adapted layer
     D: [m, o]   d: [m]   U: [o, m]   u: [o]   m the bottleneck, o the layer's outputs
 
-Houlsby et al., arXiv:1902.00751: after attention and after the MLP, before the residual addition of each. Pfeiffer et al.,
-arXiv:2005.00247: after the MLP only. The last layer of either block (o_proj, down_proj) gives exactly its output, so that the
-adapter wraps that layer. U starts as zero: nothing changes before the first step. The layer norms stay frozen, unlike in the
+Houlsby et al., arXiv:1902.00751: after attention and after the MLP, before the residual addition of each. Pfeiffer et
+al.,
+arXiv:2005.00247: after the MLP only. The last layer of either block (o_proj, down_proj) gives exactly its output, so
+that the
+adapter wraps that layer. U starts as zero: nothing changes before the first step. The layer norms stay frozen, unlike
+in the
 first paper: that is `adapter: layernorm`.
 
-PEFT has no such method, and its public registration takes only its own names; `compat.register_peft_tuner` has the rest.
+PEFT has no such method, and its public registration takes only its own names; `compat.register_peft_tuner` has the
+rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +28,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from affina.models.compat import register_peft_tuner
+from affina.models.weights import format_of
 
 PEFT_NAME = "BOTTLENECK"
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     """As it stands in adapter_config.json."""
 
     bottleneck_size: int = field(default=64)
@@ -50,6 +56,12 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_dropout",)
+    # Of BaseTunerLayer, which has no types.
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
@@ -60,19 +72,21 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.in_features = int(base_layer.in_features if hasattr(base_layer, "in_features") else base_layer.nx)
-        self.out_features = int(base_layer.out_features if hasattr(base_layer, "out_features") else base_layer.nf)
+        weight_format = format_of(base_layer)
+        assert weight_format is not None, f"{type(base_layer).__name__} is no linear layer"
+        self.out_features, self.in_features = weight_format.shape(base_layer)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """A fresh bottleneck called `adapter_name`."""
         size = config.bottleneck_size
+        up = nn.Linear(size, self.out_features)
         self.bottleneck_down[adapter_name] = nn.Linear(self.out_features, size)
-        self.bottleneck_up[adapter_name] = nn.Linear(size, self.out_features)
+        self.bottleneck_up[adapter_name] = up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         with torch.no_grad():
-            self.bottleneck_up[adapter_name].weight.zero_()
-            self.bottleneck_up[adapter_name].bias.zero_()
+            up.weight.zero_()
+            up.bias.zero_()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -84,8 +98,10 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in self.active_adapters:
             if name not in self.bottleneck_down:
                 continue
-            hidden = self._cast_input_dtype(result, self.bottleneck_down[name].weight.dtype)
-            inner = self.bottleneck_down[name](self.bottleneck_dropout[name](hidden))
+            down = self.bottleneck_down[name]
+            assert isinstance(down, nn.Linear)
+            hidden = self._cast_input_dtype(result, down.weight.dtype)
+            inner = down(self.bottleneck_dropout[name](hidden))
             update: Tensor = self.bottleneck_up[name](torch.relu(inner))
             result = result + update.to(result.dtype)
         return result

@@ -1,8 +1,11 @@
 """EVA: a LoRA whose A starts as the main directions of each layer's inputs on the training data.
 
-Paischer et al., arXiv:2410.07170: the rows of A are the R largest right singular vectors of the layer's inputs X [tokens, in],
-B is zero. They are found batch by batch: of what is known, Σ Vᵀ, with the next rows below it, the singular vectors are those of
-all rows so far but for what earlier truncations dropped (Ross et al. 2008, without the mean). Ranks are not shared out by
+Paischer et al., arXiv:2410.07170: the rows of A are the R largest right singular vectors of the layer's inputs X
+[tokens, in],
+B is zero. They are found batch by batch: of what is known, Σ Vᵀ, with the next rows below it, the singular vectors
+are those of
+all rows so far but for what earlier truncations dropped (Ross et al. 2008, without the mean). Ranks are not shared
+out by
 explained variance as in the paper: every layer keeps `rank`, so that the size of the adapter is what the config says.
 """
 
@@ -49,13 +52,14 @@ class Directions:
         norms = torch.linalg.vector_norm(self.kept, dim=1)
         if int((norms > 1e-5 * norms.max()).sum()) < count:
             return None
-        return self.kept[:count] / norms[:count].unsqueeze(1)
+        rows: Tensor = self.kept[:count] / norms[:count].unsqueeze(1)
+        return rows
 
 
 @torch.no_grad()
 def start_from_inputs(model: PeftModel, batches: Iterable[Batch]) -> list[str]:
-    """Give a fresh LoRA the main directions of its layers' inputs; names the layers whose inputs span too few, which stay
-    random."""
+    """Give a fresh LoRA the main directions of its layers' inputs; names the layers whose inputs span too few, which
+    stay random."""
     layers = lora_layers(model, ADAPTER_NAME)
     layout = isolation_of(model).layout  # found out by forward passes of its own, which must not be counted
     found = {name: Directions(layer.r[ADAPTER_NAME] + _SPARE_DIRECTIONS) for name, layer in layers}

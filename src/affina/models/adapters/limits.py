@@ -9,7 +9,8 @@ from affina.catalog.methods import AdapterMethod
 from affina.errors import ModelError
 
 _WITHOUT_LIMIT = ("vera", "lokr")
-"""VeRA's factors are not trained and may be wider than a layer; LoKr takes a full factor where the rank is too large."""
+"""VeRA's factors are not trained and may be wider than a layer; LoKr takes a full factor where the rank is too
+large."""
 
 
 def check_sizes(method: AdapterMethod, settings: AdapterSettings, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -38,7 +39,7 @@ def _check_rank(method: AdapterMethod, settings: AdapterSettings, shapes: Mappin
     raise ModelError(
         "rank-above-layer",
         f"{setting} is {rank}; {name} is {shape[0]} × {shape[1]}",
-        why=f"a weight of that size has rank {largest} at most: more adds parameters and nothing that they could express",
+        why=f"a weight of that size has rank {largest} at most: more parameters could express nothing more",
         fix=f"write `rank: {max(1, largest // 2)}` or less, leave {name.rpartition('.')[2]} out of adapter.targets, "
         "or write `adapter: full`",
     )

@@ -1,8 +1,8 @@
 """What training needs of an adapter beyond its file, so that a resumed run continues with the same bits.
 
-PEFT's file is what inference needs: of P-tuning and prefix tuning without the encoder, of AdaLoRA without the ranks that are
-masked (they may come back) and without their importance. PiSSA and OLoRA are saved as another adapter than the one that is
-trained. For these a checkpoint has one more file, with every parameter under its own name.
+PEFT's file is what inference needs: of P-tuning and prefix tuning without the encoder, of AdaLoRA without the ranks
+that are masked (they may come back) and without their importance. PiSSA and OLoRA are saved as another adapter than the
+one that is trained. For these a checkpoint has one more file, with every parameter under its own name.
 """
 
 from __future__ import annotations

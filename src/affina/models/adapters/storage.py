@@ -5,8 +5,8 @@ adapter_model.safetensors   parameters, PEFT's names; of trained weights, the mo
 adapter_config.json         PEFT's config with the base model's name; of trained weights, which they are
 affina.json                 method, template contract, identity of the base, versions, checksums of the two files above
 
-PiSSA and OLoRA are saved as the plain LoRA of rank 2R that they are (factors.py), EVA and LoftQ without their way of starting:
-loading must not start them again.
+PiSSA and OLoRA are saved as the plain LoRA of rank 2R that they are (factors.py), EVA and LoftQ without their way of
+starting: loading must not start them again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def save_adapter(
 
 
 def tensors_for_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each in memory of its own: safetensors refuses what two layers share (RandLoRA's bases)."""
+    """The tensors on the CPU, each in memory of its own: safetensors refuses what two layers share (RandLoRA's
+    bases)."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
@@ -204,10 +205,13 @@ def read_adapter_info(directory: Path | str) -> AdapterInfo:
     return AdapterInfo(folder, config, info.get("contract"), info.get("base"), info.get("versions", {}), info)
 
 
-def load_adapter(model: PreTrainedModel, directory: Path | str, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: PreTrainedModel, directory: Path | str, *, trainable: bool = False
+) -> PeftModel | PreTrainedModel:
     """`model` with the adapter of `directory`, or with the trained weights that are there.
 
-    Raises ModelError: adapter-missing, adapter-damaged (checksum, unreadable file), adapter-unsupported, adapter-base-mismatch
+    Raises ModelError: adapter-missing, adapter-damaged (checksum, unreadable file), adapter-unsupported,
+                       adapter-base-mismatch
     (trained on another base: shapes or weights differ, or its weight format).
     """
     info = read_adapter_info(directory)
@@ -246,7 +250,7 @@ def _check_complete(model: PeftModel, info: AdapterInfo) -> None:
         raise ModelError(
             "adapter-mismatch",
             f"the file in {info.directory} {whose}",
-            why=f"adapter_config.json says that it is {method_named(info.method).title}; the parameters are another method's",
+            why=f"adapter_config.json says {method_named(info.method).title}; the parameters are another method's",
             fix="restore the adapter_config.json that was saved with it",
         )
 
@@ -401,8 +405,8 @@ def _refuse_other_methods(folder: Path, config: Mapping[str, Any]) -> None:
         raise ModelError(
             "adapter-unsupported",
             f"the adapter in {folder} was saved with init_lora_weights {start}",
-            why="it fits a base that this way of starting has changed; loading it changes the base again, and moves every "
-            "other adapter on it",
+            why="it fits a base that this way of starting has changed; loading it changes the base again, and moves "
+            "every other adapter on it",
             fix="save it again in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
 

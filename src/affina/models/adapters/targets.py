@@ -49,7 +49,8 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR)
 
 
 def residual_norms(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the norms of the residual stream, in the model's order: those of queries and keys are not among them.
+    """Full names of the norms of the residual stream, in the model's order: those of queries and keys are not among
+    them.
 
     Raises ModelError[target-unmatched].
     """
@@ -98,8 +99,8 @@ def _vocabulary_target(base: PreTrainedModel, target: str, module: nn.Module) ->
     if head is not None and embedding.weight is head.weight:
         other = "the head" if module is embedding else "the embedding"
         why = (
-            f"{target} is {name}, and its weight is {other}'s as well (they are tied): an adapter on one of them would give "
-            "the two different weights, and could be merged into neither"
+            f"{target} is {name}, and its weight is {other}'s as well (they are tied): an adapter on one of "
+            "them would give the two different weights, and could be merged into neither"
         )
     else:
         why = f"{target} is {name}, which stays frozen under an adapter: the loss is computed through the plain head"

@@ -1,7 +1,7 @@
 """Methods without an adapter: weights of the model itself are trained, all of them or those of the last layers.
 
-Trained weights are float32, whatever the type of the computation, as adapters are. The base's own values are kept in main memory:
-switched off, the model is its base again, bit for bit.
+Trained weights are float32, whatever the type of the computation, as adapters are. The base's own values are kept in
+main memory: switched off, the model is its base again, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """A quantised layer that shows its dense weight, for adapter layers that look at it.
 
-PEFT's DoRA, BOFT, LoHa and LoKr read `base_layer.weight`. Of a layer with packed codes they would get bytes: a crash where the
-shape matters, and silently wrong numbers where it does not. Under a view the layer computes as before, and `weight` is what the
-codes stand for: expanded anew at each look, or, for methods that only ask for its shape and device, one zero seen [out, in] times.
+PEFT's DoRA, BOFT, LoHa and LoKr read `base_layer.weight`. Of a layer with packed codes they would get bytes: a crash
+where the
+shape matters, and silently wrong numbers where it does not. Under a view the layer computes as before, and `weight`
+is what the
+codes stand for: expanded anew at each look, or, for methods that only ask for its shape and device, one zero seen
+                 [out, in] times.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ def show_dense_weight(layer: nn.Module, *, shape_only: bool) -> None:
     shape_only: its values are all zero, and it has no memory
     """
     if isinstance(layer, QuantizedLinear) and not isinstance(layer, _DenseView):
-        layer.__class__ = _view_of(type(layer), shape_only)
+        layer.__class__ = _view_of(type(layer), shape_only)  # type: ignore[arg-type]
 
 
 class _DenseView:
