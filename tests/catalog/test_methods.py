@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -167,15 +166,12 @@ def test_the_command_takes_less_than_a_second_and_no_torch():
         "status = run(['methods', '--model', 'Qwen/Qwen3-4B', '--json'])\n"
         "assert status == 0\n"
         "loaded = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
+        "assert not loaded, loaded\n"
+        "import time; print(time.process_time(), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    # Alone it takes 0.4 s; the best of three, because other work may share the machine.
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Of one core, whatever else runs on the machine; about 0.4 s.
+    assert float(done.stderr.split()[-1]) < 1.0
     table = json.loads(done.stdout)
     assert (table["num_parameters"], len(table["methods"])) == (4_022_468_096, len(METHODS))
     assert table["methods"][0]["sizes"]["num_trainable"] == 33_030_144

@@ -66,6 +66,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         ["check", "--json"],
         ["check", "-h"],
         ["config-schema"],
+        ["methods", "--model", "Qwen/Qwen3-4B"],
         ["nonsense"],
     ],
     ids=" ".join,
