@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["pissa", "eva", "adalora", "ptuning", "houlsby", "full"])
+@pytest.mark.parametrize("method", ["pissa", "eva", "loraplus", "adalora", "ptuning", "full"])
 def test_a_run_of_every_kind_of_method_is_resumed_to_the_same_bits(
     tiny_model_folder: Path, chats_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from affina.models.engines import trainable_parameters
 from affina.models.forward import evaluation_mode, hidden_states
 from affina.models.load import load_causal_lm
 from affina.models.safetensors_file import checkpoint_tensors, read_tensor
-from affina.models.weights import Nf4Options, WeightFormatOptions
+from affina.models.weights import Fp8Options, Int8Options, Nf4Options, WeightFormatOptions
 from affina.training.adalora import adalora_of
 from affina.training.callbacks import Observers
 from affina.training.loop import LoopSettings, train
@@ -43,7 +45,12 @@ SMALL = {
     "num_layers": 1,
     "calibration_samples": 2,
 }
-FORMATS: dict[str, WeightFormatOptions | None] = {"dense": None, "nf4": Nf4Options()}
+FORMATS: dict[str, WeightFormatOptions | None] = {
+    "dense": None,
+    "nf4": Nf4Options(),
+    "int8": Int8Options(),
+    "fp8": Fp8Options(),
+}
 
 
 def small_options(method: str) -> dict[str, Any]:
@@ -65,6 +72,11 @@ def make_base(folder: Path) -> Path:
 
 
 def load_base(folder: Path, weight_format: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return deepcopy(_read_base(folder, weight_format, dtype))
+
+
+@cache
+def _read_base(folder: Path, weight_format: str, dtype: torch.dtype) -> nn.Module:
     return load_causal_lm(str(folder), dtype=dtype, device="cpu", weight_format=FORMATS[weight_format])
 
 
@@ -127,6 +139,7 @@ class MethodRun:
 
     def __init__(self, model: nn.Module, folder: Path, *, learning_rate: float = 2e-2) -> None:
         self.model, self.folder = model, folder
+        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         parameters = trainable_parameters(model)
         faster, ratio = fast_learning_parameters(model)
         self.optimizer = build_optimizer(

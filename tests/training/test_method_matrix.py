@@ -14,12 +14,11 @@ from affina.catalog.decoder_shape import decoder_shape
 from affina.catalog.methods import METHODS
 from affina.errors import ExportError, ModelError
 from affina.export.merge import merge
-from affina.models.adapters import adapter_disabled
+from affina.models.adapters import adapter_disabled, attach_adapter
 from affina.models.adapters.storage import WEIGHTS_FILE
 from affina.models.engines import trainable_parameters
-from affina.models.forward import compute_context, supervised_loss
-from affina.models.weights import quantized_layers
-from affina.models.weights.quantized import replace_module
+from affina.models.forward import supervised_loss
+from affina.models.weights.quantized import QuantizedLinear, replace_module
 from tests.models.tiny import batch_of
 from tests.training.method_cases import (
     FORMATS,
@@ -35,7 +34,7 @@ from tests.training.method_cases import (
     trained_values,
 )
 
-CASES = [(method, weight_format) for method in METHODS for weight_format in FORMATS]
+CASES = [(method, weight_format) for method in METHODS for weight_format in ("dense", "nf4")]
 TRAINABLE = [case for case in CASES if case[1] in METHODS[case[0]].trains_on]
 REFUSED = [case for case in CASES if case[1] not in METHODS[case[0]].trains_on]
 every_trainable_case = pytest.mark.parametrize(
@@ -63,16 +62,15 @@ def trained(base, tmp_path_factory):
 
 
 @every_trainable_case
-def test_three_steps_change_what_is_trained_and_nothing_else(base, method, weight_format):
-    model = attach(base, method, weight_format)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    MethodRun(model, Path()).train_in_memory()
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+def test_three_steps_change_what_is_trained_and_nothing_else(trained, method, weight_format):
+    whole, _, _ = trained(method, weight_format)
+    names = {name for name, parameter in whole.model.named_parameters() if parameter.requires_grad}
+    now = dict(whole.model.named_parameters())
+    changed = {name for name, before in whole.before.items() if not torch.equal(before, now[name])}
     assert changed <= names
-    # The rows of an embedding that no sample has get no gradient; whole tensors do.
+    # LayerNorm tuning and the like have few tensors, and each of them moves; a mask may leave a rank of AdaLoRA alone.
     assert len(changed) >= 0.9 * len(names)
-    assert {parameter.dtype for name, parameter in model.named_parameters() if name in names} == {torch.float32}
+    assert {now[name].dtype for name in names} == {torch.float32}
 
 
 @every_trainable_case
@@ -148,7 +146,7 @@ def test_a_merged_model_is_the_adapted_one_or_the_merge_is_refused(base, trained
         torch.testing.assert_close(hidden_of(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-@every_trainable_case
+@pytest.mark.parametrize(("method", "weight_format"), list({case[0]: case for case in TRAINABLE[::-1]}.values()))
 def test_the_same_seed_gives_the_same_adapter_and_leaves_the_random_state_alone(base, method, weight_format):
     if method == "eva":
         pytest.skip("its directions come from data: test_eva.py")
@@ -171,15 +169,10 @@ def test_gradients_on_codes_are_those_on_the_weights_that_they_stand_for(base, m
 
 
 def attach_to(base: Path, method: str, weight_format: str, *, expand: bool):
-    from affina.models.adapters import attach_adapter
-    from affina.models.load import load_causal_lm
-    from affina.models.weights import Fp8Options, Int8Options, Nf4Options
-
-    options = {"nf4": Nf4Options(), "int8": Int8Options(), "fp8": Fp8Options()}[weight_format]
-    model = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=options)
+    model = load_base(base, weight_format)
     if expand:
         for name, layer in list(model.named_modules()):
-            if layer in quantized_layers(model):
+            if isinstance(layer, QuantizedLinear):
                 dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
                 dense.weight.data = layer.dequantize(torch.float32)
                 replace_module(model, name, dense.requires_grad_(False))
@@ -210,8 +203,6 @@ def test_a_method_that_cannot_train_on_a_format_names_the_nearest_that_can(base,
 def test_a_16_bit_base_trains_with_float32_parameters(base, method):
     model = attach(base, method, "dense", dtype=torch.bfloat16)
     parameters = trainable_parameters(model)
-    with compute_context(model):
-        pass
     loss, count = supervised_loss(model, batch_of([11, 6], seed=4))
     gradients = torch.autograd.grad(loss / count, parameters, allow_unused=True)
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
