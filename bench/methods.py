@@ -149,7 +149,7 @@ def skills_kept(run_directory: Path, arguments: argparse.Namespace) -> dict[str,
     loaded = load_for_inference(config, directory.adapter)
     tokenizer = tokenizer_from_config(config.model)
     template, decode = template_from_config(config, tokenizer), decoder(tokenizer)
-    prompts = [template.prompt_ids(item["messages"], item.get("tools")) for item in items]
+    prompts = [template.prompt_ids(item["messages"], item.get("tools") or ()) for item in items]
 
     def num_right() -> int:
         replies = generate(loaded.model, prompts, max_new_tokens=64, stop_ids=tokenizer.end_of_turn_ids, batch_size=32)
