@@ -132,7 +132,7 @@ def run(
 def skills_kept(run_directory: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Exact matches on the base's own skill test, with the adapter off and on; None where there is no such test."""
     from affina import api
-    from affina.data.build import template_from_config, tokenizer_from_config
+    from affina.data.build import tokenizer_from_config
     from affina.evaluation.build import decoder
     from affina.models.adapters import adapter_disabled
     from affina.models.build import load_for_inference
@@ -148,8 +148,13 @@ def skills_kept(run_directory: Path, arguments: argparse.Namespace) -> dict[str,
     config = api._run_config(directory).config
     loaded = load_for_inference(config, directory.adapter)
     tokenizer = tokenizer_from_config(config.model)
-    template, decode = template_from_config(config, tokenizer), decoder(tokenizer)
-    prompts = [template.prompt_ids(item["messages"], item.get("tools") or ()) for item in items]
+    decode = decoder(tokenizer)
+    prompts = [
+        tokenizer.hf.apply_chat_template(
+            item["messages"], tools=item.get("tools"), add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        for item in items
+    ]
 
     def num_right() -> int:
         replies = generate(loaded.model, prompts, max_new_tokens=64, stop_ids=tokenizer.end_of_turn_ids, batch_size=32)
