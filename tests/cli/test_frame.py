@@ -114,7 +114,11 @@ def test_the_version_is_printed() -> None:
     [
         (["trian"], "no such command 'trian'", "did you mean `affina train`?"),
         (["run.yaml"], "no such command 'run.yaml'", "did you mean `affina train run.yaml`?"),
-        (["zzz"], "no such command 'zzz'", "the verbs are train, check, data, eval, chat, merge, runs, methods, config-schema"),
+        (
+            ["zzz"],
+            "no such command 'zzz'",
+            "the verbs are train, check, data, eval, chat, merge, runs, methods, config-schema",
+        ),
         (["check", "--prset", "x"], "no such option: --prset", "see `affina check --help`"),
         (["check", "a", "b"], "got unexpected extra argument", "see `affina check --help`"),
         (["check", "--preset"], "requires an argument", "see `affina check --help`"),
