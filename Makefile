@@ -34,6 +34,7 @@ fmt: $(VENV)/.installed-dev ## format the code
 
 docs: $(VENV)/.installed-dev ## write the generated pages of docs/reference again
 	$(BIN)/affina config-schema --markdown > docs/reference/config.md
+	$(BIN)/affina methods --markdown > docs/reference/methods.md
 
 bench: $(VENV)/.installed-dev ## compare the quickstart job with transformers' Trainer + PEFT on this machine
 	$(BIN)/python bench/laptop.py

@@ -42,6 +42,7 @@ from affina.runs.directory import list_runs as find_runs
 from affina.training.callbacks import BaseCallback, Observers, RunFiles
 
 if TYPE_CHECKING:
+    from affina.catalog.method_table import MethodTable
     from affina.config.schema import RunConfig
     from affina.data.prepare import PreparedData
     from affina.data.report import DataReport
@@ -67,6 +68,7 @@ class TrainResult:
     """What a training run left behind.
 
     run:               the run directory
+    method:            how it was trained: lora, …
     adapter:           the adapter's folder, loadable by PEFT; None while the run is interrupted
     status:            finished or interrupted
     seconds:           of training alone, without loading, validation and evaluation
@@ -75,6 +77,7 @@ class TrainResult:
     """
 
     run: Path
+    method: str
     adapter: Path | None
     status: str
     stop_reason: str
@@ -116,6 +119,18 @@ def _load(
     if isinstance(config, Mapping):
         return load_mapping(dict(config), overrides=overrides, preset=preset, with_rules=with_rules)
     return load_config(Path(config) if config is not None else None, overrides, preset, with_rules=with_rules)
+
+
+def methods(model: str | None = None) -> MethodTable:
+    """What each adapter method can do, and, for a model, how large it becomes. Loads nothing and needs no torch.
+
+    model: a folder, affina/nano, or a hub id whose sizes are known
+
+    Raises ModelError `shape-unknown`.
+    """
+    from affina.catalog.method_table import method_table
+
+    return method_table(model)
 
 
 def prepare(config: ConfigLike = None, *, overrides: Sequence[str] = (), preset: str | None = None) -> PreparedData:
@@ -207,6 +222,7 @@ def train(
         raise
     return TrainResult(
         run=run.path,
+        method=settings.adapter.method,
         adapter=run.adapter if status == "finished" else None,
         status=status,
         stop_reason=outcome.stop_reason,

@@ -21,6 +21,7 @@ def test_the_exported_names_are_these() -> None:
         "inspect_data",
         "list_runs",
         "merge",
+        "methods",
         "open_chat",
         "prepare",
         "quantize",

@@ -66,6 +66,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         ["check", "--json"],
         ["check", "-h"],
         ["config-schema"],
+        ["methods", "--model", "Qwen/Qwen3-4B"],
         ["nonsense"],
     ],
     ids=" ".join,
@@ -116,7 +117,7 @@ def test_the_version_is_printed() -> None:
         (
             ["zzz"],
             "no such command 'zzz'",
-            "the verbs are train, check, data, eval, chat, merge, quantize, runs, config-schema",
+            "the verbs are train, check, data, eval, chat, merge, quantize, runs, methods, config-schema",
         ),
         (["check", "--prset", "x"], "no such option: --prset", "see `affina check --help`"),
         (["check", "a", "b"], "got unexpected extra argument", "see `affina check --help`"),

@@ -15,12 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affina.catalog.methods import METHODS
 from affina.config import load_config
 from affina.config.fields import all_fields
 from affina.config.layers import PRESETS
 from affina.config.names import FOREIGN_ANSWERS, FOREIGN_KEYS, FOREIGN_VALUES, suggest_key
 from affina.config.schema import RunConfig
 from affina.errors import AffinaError, AffinaErrors
+
+METHOD_NAMES = f"{', '.join(METHODS)} or the PEFT name of another method (hra, vblora, …)"
 
 
 @pytest.fixture(autouse=True)
@@ -320,10 +323,12 @@ def test_one_wrong_letter_in_a_setting_still_leads_to_it(data: st.DataObject) ->
          "did you mean int8?"),
         ("quantization: float8", "unknown-value",
          'quantization.method is "float8"; it takes one of none, nf4, fp4, int8, fp8', "did you mean fp8?"),
-        ("adapter: qlora", "unknown-value", 'adapter.method is "qlora"; it takes one of lora, rslora',
+        ("adapter: qlora", "unknown-value", f'adapter.method is "qlora"; it takes one of {METHOD_NAMES}',
          "write `adapter: lora` and `quantization: nf4`; together they are QLoRA"),
-        ("adapter: full", "unknown-value", 'adapter.method is "full"; it takes one of lora, rslora',
-         "this version trains adapters only: write `adapter: lora`"),
+        ("adapter: lora+", "unknown-value", f'adapter.method is "lora+"; it takes one of {METHOD_NAMES}',
+         "did you mean loraplus?"),
+        ("adapter: {method: hra, options: 5}", "wrong-type", "adapter.options is 5; it takes a mapping of options",
+         "write such a value, or remove the key: the default is a mapping ()"),
         ("adapter: {targets: all-liner}", "wrong-type",
          'adapter.targets is "all-liner"; it takes all-linear or a list of names', "did you mean all-linear?"),
         ("adapter: {targets: 'q_proj, v_proj'}", "wrong-type",

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from affina.catalog.methods import METHODS
 from affina.config import load_config, load_mapping, rules
-from affina.errors import AffinaErrors
+from affina.errors import AffinaError, AffinaErrors
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +258,144 @@ def test_a_preset_s_warm_up_does_not_forbid_a_short_run_but_is_said() -> None:
     resolved = load_mapping({"extends": "laptop", "training": {"max_steps": 2}})
     assert [note.path for note in resolved.warnings] == ["training.warmup_steps"]
     assert "the learning rate does not reach its peak" in resolved.warnings[0].render()
+
+
+# --- adapter methods
+
+
+def resolve(preset: str | None = None, **sections: Any) -> Any:
+    return load_mapping({"data": "owner/a", **sections}, preset=preset)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "what", "why"),
+    [
+        (
+            {"method": "prefix", "rank": 8},
+            "adapter.rank is given, and prefix tuning has no such setting",
+            "prefix has num_virtual_tokens, encoder_hidden_size; rank is a setting of lora, rslora",
+        ),
+        (
+            {"method": "lora", "block_size": 8},
+            "adapter.block_size is given, and LoRA has no such setting",
+            "lora has rank, alpha, dropout, targets; block_size is a setting of oft, boft",
+        ),
+        (
+            {"method": "layernorm", "targets": ["q_proj"]},
+            "adapter.targets is given, and LayerNorm tuning has no such setting",
+            "layernorm has no settings",
+        ),
+        (
+            {"method": "lora", "options": {"r": 8}},
+            "adapter.options is given, and LoRA has no such setting",
+            "options is a setting of PEFT methods that affina does not verify",
+        ),
+    ],
+)
+def test_a_setting_that_the_method_has_not_is_an_error_that_lists_those_it_has(adapter, what, why) -> None:
+    with pytest.raises(AffinaError) as caught:
+        resolve(adapter=adapter)
+    assert caught.value.code == "adapter-setting-unused"
+    assert caught.value.what == what
+    assert why in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("sections", "code", "fix"),
+    [
+        (
+            {"adapter": "pissa", "quantization": "nf4"},
+            "adapter-unsupported",
+            "write `quantization: none`, or `adapter: loftq`",
+        ),
+        (
+            {"adapter": "olora", "quantization": "int8"},
+            "adapter-unsupported",
+            "write `quantization: none`, or `adapter: lora`",
+        ),
+        ({"adapter": "loftq"}, "adapter-unsupported", "write `quantization: nf4`, or `adapter: pissa`"),
+        (
+            {"adapter": "full", "quantization": "nf4"},
+            "adapter-unsupported",
+            "write `quantization: none`, or `adapter: lora`",
+        ),
+        ({"adapter": "hra", "quantization": "int8"}, "adapter-unsupported", "write `quantization: none`"),
+        (
+            {"adapter": "prefix", "training": {"gradient_checkpointing": True}},
+            "adapter-without-checkpointing",
+            "write `adapter: prompt` or `adapter: ptuning`",
+        ),
+        (
+            {"adapter": {"method": "adalora", "rank": 16, "initial_rank": 8}},
+            "initial-rank-too-small",
+            "write `initial_rank: 24`",
+        ),
+        (
+            {
+                "adapter": "eva",
+                "data": {"train": "owner/a", "streaming": True, "validation_fraction": 0.0},
+                "training": {"max_steps": 5},
+            },
+            "eva-with-streaming",
+            "turn data.streaming off",
+        ),
+        (
+            {
+                "adapter": {"method": "prompt", "num_virtual_tokens": 600},
+                "model": "affina/nano",
+                "data": {"max_length": 512},
+            },
+            "longer-than-context",
+            "write `max_length: 424` or less",
+        ),
+    ],
+)
+def test_what_a_method_cannot_do_is_an_error_with_the_nearest_that_works(sections, code, fix) -> None:
+    with pytest.raises(AffinaError) as caught:
+        resolve(**sections)
+    assert caught.value.code == code
+    assert fix in caught.value.fix
+
+
+def test_a_methods_own_defaults_are_derived_with_their_source() -> None:
+    config = resolve(adapter="vera")
+    assert config.config.adapter.rank == 256
+    assert config.origins["adapter.rank"].kind == "derived"
+    assert "arXiv:2310.11454" in config.origins["adapter.rank"].reason
+    assert config.config.training.learning_rate == pytest.approx(2e-3)
+    assert resolve(adapter="prefix").config.training.gradient_checkpointing is False
+    assert resolve(adapter={"method": "adalora", "rank": 8}).config.adapter.initial_rank == 12
+    assert resolve(adapter="ia3").config.adapter.targets == ("k_proj", "v_proj", "down_proj")
+    assert resolve().config.adapter.initial_rank is None
+
+
+def test_what_the_user_wrote_is_never_replaced_by_a_methods_default() -> None:
+    config = resolve(adapter={"method": "vera", "rank": 32}, training={"learning_rate": 1e-3}).config
+    assert (config.adapter.rank, config.training.learning_rate) == (32, 1e-3)
+
+
+def test_a_presets_rank_is_meant_for_lora_and_its_relatives() -> None:
+    config = resolve(preset="premium", adapter="dora").config
+    assert config.adapter.rank == load_mapping({"data": "owner/a"}, preset="premium").config.adapter.rank
+    assert resolve(preset="premium", adapter="vera").config.adapter.rank == 256
+    assert resolve(preset="premium", adapter="prefix").config.adapter.rank == 16  # the schema's: it has none
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_config_of_every_method_loads_to_an_equal_one(method: str, tmp_path: Path) -> None:
+    formats = METHODS[method].trains_on
+    resolved = resolve(preset="premium", adapter=method, quantization="none" if "dense" in formats else "nf4")
+    file = tmp_path / "run.yaml"
+    file.write_text(resolved.to_yaml())
+    assert load_config(file).config == resolved.config
+
+
+def test_options_of_another_peft_method_come_through_and_it_is_noted_as_unverified() -> None:
+    config = resolve(adapter={"method": "hra", "options": {"r": 8, "apply_GS": True}})
+    assert config.config.adapter.options == {"r": 8, "apply_GS": True}
+    assert [note.what for note in config.warnings] == ["adapter.method hra is not verified"]
+
+
+def test_a_setting_with_its_default_value_is_only_noted() -> None:
+    notes = [note.what for note in resolve(adapter={"method": "prefix", "rank": 16}).warnings]
+    assert notes == ["adapter.rank has no effect"]

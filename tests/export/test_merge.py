@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from affina.errors import ExportError, ModelError
-from affina.export import merge as merge_module
 from affina.export import output as output_module
 from affina.export.merge import merge
+from affina.export.mergers import LowRankMerger
 from affina.models.adapters import attach_adapter, save_adapter
 from affina.models.load import load_causal_lm
 from affina.models.quantized_checkpoint import save_quantized
@@ -177,17 +177,17 @@ def test_an_effect_below_rounding_is_refused(base, tmp_path):
 
 
 def test_a_merge_that_forgets_the_adapter_is_found(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_module._Merger, "merged", lambda self, layer, weight: weight.to(self.dtype))
+    monkeypatch.setattr(LowRankMerger, "merged", lambda self, name, weight: weight.float())
     assert refusal(base, adapter[0], tmp_path).code == "merge-vanished"
     assert_nothing_was_left(tmp_path)
 
 
 def test_a_merge_with_another_scale_is_found(base, adapter, tmp_path, monkeypatch):
-    original = merge_module._Merger.merged
+    original = LowRankMerger.merged
     monkeypatch.setattr(
-        merge_module._Merger,
+        LowRankMerger,
         "merged",
-        lambda self, layer, weight: original(self, layer, weight) + 0.1 * (original(self, layer, weight) - weight),
+        lambda self, name, weight: original(self, name, weight) + 0.1 * (original(self, name, weight) - weight),
     )
     assert refusal(base, adapter[0], tmp_path, dtype="float32").code == "merge-unverified"
     assert_nothing_was_left(tmp_path)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from affina.catalog.methods import method_named
 from affina.cli import render
 from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
 from affina.config import Origin, ResolvedConfig, load_config
@@ -72,7 +73,10 @@ def _key(path: str) -> str:
 
 
 def _is_silent(path: str, value: object, resolved: ResolvedConfig) -> bool:
-    """A setting of a source that nobody has set: there are many, for each source."""
+    """A setting of a source that nobody has set, or of another adapter method: there are many."""
+    section, _, name = path.partition(".")
+    if section == "adapter" and name != "method" and not resolved.origins[path].is_explicit:
+        return name not in method_named(resolved.config.adapter.method).fields
     return "[" in path and value is None and resolved.origins[path].kind == "default"
 
 

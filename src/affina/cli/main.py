@@ -63,6 +63,7 @@ VERBS: dict[str, Verb] = {
         Verb("merge", "Write the adapter into the base model, and prove that the two agree."),
         Verb("quantize", "Write a model in 4 or 8 bits, prove it, and measure what it costs."),
         Verb("runs", "List runs, or compare two of them."),
+        Verb("methods", "Compare the adapter methods, and count their parameters on a model."),
         Verb("config-schema", "Print the JSON Schema of the config, for editors."),
     )
 }

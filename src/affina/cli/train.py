@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from affina.catalog.methods import method_named
 from affina.cli import render
 from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
 from affina.cli.progress import stage_progress
@@ -104,17 +105,16 @@ def print_train_result(console: Console, result: TrainResult) -> None:
         print_result(console, result.evaluation)
     console.print()
     console.print(f"adapter  {result.adapter}", soft_wrap=True)
-    commands = next_commands(result.run)
+    commands = next_commands(result.run, is_mergeable=method_named(result.method).merges != "no")
     console.print("\nnext", style="bold")
     width = max(len(command) for command, _ in commands)
     for command, purpose in commands:
         console.print(f"  {command:<{width}}   {purpose}", soft_wrap=True)
 
 
-def next_commands(run: Path) -> list[tuple[str, str]]:
+def next_commands(run: Path, *, is_mergeable: bool = True) -> list[tuple[str, str]]:
     """What a person does after training, with the run's own path in it."""
-    return [
-        (f"affina chat {run}", "talk to it; /base asks the model it came from"),
-        (f"affina merge {run} -o merged", "one plain model, verified against the adapter"),
-        ("affina runs", "all runs; two names compare them"),
-    ]
+    commands = [(f"affina chat {run}", "talk to it; /base asks the model it came from")]
+    if is_mergeable:
+        commands.append((f"affina merge {run} -o merged", "one plain model, verified against the adapter"))
+    return [*commands, ("affina runs", "all runs; two names compare them")]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil
 
 from affina.catalog.context import local_context_tokens
+from affina.catalog.methods import FIELDS, LOW_RANK_FIELDS, AdapterMethod, method_named
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig
 
@@ -18,6 +19,9 @@ WARMUP_SHARE = 0.03
 """Of a run's steps. Adam's second moment needs some steps before its ratio means anything; 3% is QLoRA's setting."""
 
 VALIDATIONS_PER_RUN = 10
+
+MAX_DERIVED_LEARNING_RATE = 0.3
+"""The largest in use: prompt tuning's (arXiv 2104.08691)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,60 @@ def _precision(config: RunConfig, origins: Origins) -> list[Derived]:
     return derived
 
 
+def _adapter(config: RunConfig, origins: Origins) -> list[Derived]:
+    """What the method's settings are where nobody has set them. Rank and scale of a preset are meant for LoRA's
+    relatives."""
+    method = method_named(config.adapter.method)
+    is_like_lora = set(LOW_RANK_FIELDS) <= set(method.fields)
+    defaults = method.settings(initial_rank=ceil(1.5 * config.adapter.rank))
+    derived = []
+    for name in method.fields:
+        path, value, default = f"adapter.{name}", getattr(config.adapter, name), getattr(defaults, name)
+        origin = origins.get(path)
+        is_for_lora = origin is not None and origin.kind == "preset" and not is_like_lora
+        if (name in method.defaults and value != default and (origin is None or is_for_lora)) or (
+            value is None and default is not None
+        ):
+            derived.append(Derived(path, default, f"of {method.title}; {method.source}"))
+    return [*derived, *_left_aside(config, origins, method), *_learning_rate(config, origins, method)]
+
+
+def _left_aside(config: RunConfig, origins: Origins, method: AdapterMethod) -> list[Derived]:
+    """A preset's settings that the method does not read: back to what they are when nobody sets them."""
+    adapter = config.adapter
+    derived = []
+    for name in FIELDS:
+        origin, default = origins.get(f"adapter.{name}"), type(adapter).model_fields[name].default
+        is_preset = origin is not None and origin.kind == "preset"
+        if name not in method.fields and is_preset and getattr(adapter, name) != default:
+            derived.append(Derived(f"adapter.{name}", default, f"no setting of {method.name}"))
+    return derived
+
+
+def _learning_rate(config: RunConfig, origins: Origins, method: AdapterMethod) -> list[Derived]:
+    """The schema's and the presets' learning rates are LoRA's; methods that want another size get it."""
+    origin = origins.get("training.learning_rate")
+    if method.learning_rate_factor == 1.0 or (origin is not None and origin.is_explicit):
+        return []
+    rate = min(config.training.learning_rate * method.learning_rate_factor, MAX_DERIVED_LEARNING_RATE)
+    reason = f"{method.learning_rate_factor:g} times LoRA's; {method.source}"
+    return [Derived("training.learning_rate", float(f"{rate:.3g}"), reason)]
+
+
+def _recomputation(config: RunConfig, origins: Origins) -> list[Derived]:
+    method = method_named(config.adapter.method)
+    if method.checkpointing or config.training.gradient_checkpointing != "auto":
+        return []
+    return [Derived("training.gradient_checkpointing", False, f"{method.title} cannot recompute activations")]
+
+
 def _max_length(config: RunConfig, origins: Origins) -> list[Derived]:
     """The default length is for models of billions of parameters; a small one may read less."""
     context = local_context_tokens(config.model.path)
-    if context is None or context >= config.data.max_length or not _is_open(origins, "data.max_length"):
+    room = context - (config.adapter.num_virtual_tokens or 0) if context is not None else None
+    if room is None or room >= config.data.max_length or not _is_open(origins, "data.max_length"):
         return []
-    return [Derived("data.max_length", max(context, 8), f"{config.model.path} reads {context:,} tokens")]
+    return [Derived("data.max_length", max(room, 8), f"{config.model.path} reads {context:,} tokens")]
 
 
 def _validation(config: RunConfig, origins: Origins) -> list[Derived]:
@@ -131,6 +183,8 @@ def _steps(config: RunConfig, origins: Origins) -> list[Derived]:
 
 
 _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
+    _adapter,
+    _recomputation,
     _precision,
     _max_length,
     _validation,
@@ -139,10 +193,14 @@ _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
 )
 
 
-def adapter_scale(config: RunConfig) -> float:
-    """What the adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+def adapter_scale(config: RunConfig) -> float | None:
+    """What the adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732);
+    None for a method without such a scale."""
     adapter = config.adapter
-    return adapter.alpha / (sqrt(adapter.rank) if adapter.method == "rslora" else adapter.rank)
+    method = method_named(adapter.method)
+    if "alpha" not in method.fields:
+        return None
+    return method.scale(adapter.initial_rank or adapter.rank, adapter.alpha)
 
 
 def explain(config: RunConfig) -> dict[str, str]:
@@ -150,8 +208,10 @@ def explain(config: RunConfig) -> dict[str, str]:
     training, data = config.training, config.data
     rows = training.micro_batch_size * training.gradient_accumulation_steps
     root = "√r" if config.adapter.method == "rslora" else "r"
+    scale = adapter_scale(config)
     reasons = {
-        "adapter.alpha": f"the update is scaled by α/{root} = {adapter_scale(config):.3g}",
+        **({"adapter.alpha": f"the update is scaled by α/{root} = {scale:.3g}"} if scale is not None else {}),
+        **{f"adapter.{name}": f"no setting of {config.adapter.method}" for name in _unused_fields(config)},
         "training.gradient_accumulation_steps": f"{_rows(rows)} of up to {data.max_length} tokens per step",
     }
     waits = {
@@ -173,6 +233,11 @@ def explain(config: RunConfig) -> dict[str, str]:
     }
     reasons.update({path: reason for path, (is_open, reason) in waits.items() if is_open})
     return reasons
+
+
+def _unused_fields(config: RunConfig) -> list[str]:
+    """Settings of the section `adapter` that the method does not read."""
+    return [name for name in FIELDS if name not in method_named(config.adapter.method).fields]
 
 
 def _rows(count: int) -> str:

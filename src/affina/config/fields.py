@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from affina.catalog.methods import PeftName
 from affina.config.schema import RunConfig, Section
 
 SCALAR_FIELDS: dict[str, str] = {
@@ -113,9 +114,13 @@ def describe(field: FieldInfo) -> str:
 
 
 def _describe_one(kind: Any, metadata: tuple[Any, ...]) -> str:
+    if kind == PeftName:
+        return "the PEFT name of another method (hra, vblora, …)"
     if get_origin(kind) is Literal:
         words = [str(word) for word in get_args(kind)]
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if get_origin(kind) is dict:
+        return "a mapping of options"
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
         among = "" if inner is str else f" out of {', '.join(map(str, get_args(inner)))}"

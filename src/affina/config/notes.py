@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from affina.catalog.methods import FIELDS, method_named
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.origins import Note
 from affina.config.paths import BUILT_IN_PREFIX
@@ -49,7 +50,15 @@ def _quantization(settings: Settings) -> Iterator[Note]:
 
 def _adapter(settings: Settings) -> Iterator[Note]:
     adapter, scale = settings.config.adapter, adapter_scale(settings.config)
-    if scale <= LARGE_SCALE:
+    if not method_named(adapter.method).is_verified:
+        why = (
+            f"PEFT's {adapter.method} is trained as PEFT does it; affina tests that it trains and loads again, no more"
+        )
+        yield _note(settings, "adapter.method", f"adapter.method {adapter.method} is not verified", why)
+    for name in FIELDS:
+        if name not in method_named(adapter.method).fields and getattr(adapter, name) not in (None, {}):
+            yield from _no_effect(settings, f"adapter.{name}", f"adapter.method is {adapter.method}")
+    if scale is None or scale <= LARGE_SCALE:
         return
     paths = [path for path in ("adapter.alpha", "adapter.method", "adapter.rank") if settings.wrote(path)]
     if not paths:
@@ -121,7 +130,7 @@ def _training(settings: Settings) -> Iterator[Note]:
     if training.schedule == "constant":
         yield from _no_effect(settings, "training.min_learning_rate_ratio", "training.schedule is constant")
     if settings.wrote("training.learning_rate") and not settings.config.model.path.startswith(BUILT_IN_PREFIX):
-        rate = training.learning_rate
+        rate = training.learning_rate / method_named(settings.config.adapter.method).learning_rate_factor
         if rate > HIGH_LEARNING_RATE:
             why = "LoRA on models of billions of parameters is best between 1e-4 and 5e-4; above, losses jump"
             yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is high", why)

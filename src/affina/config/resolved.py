@@ -147,8 +147,10 @@ def _yaml_value(value: Any) -> str:
             text = repr(value)
             # YAML 1.1 takes 1e-05 for text; a number needs a point there.
             return text.replace("e", ".0e") if "e" in text and "." not in text else text
-        case tuple():
+        case tuple() | list():
             return f"[{', '.join(_yaml_value(item) for item in value)}]"
+        case dict():
+            return f"{{{', '.join(f'{_yaml_text(key)}: {_yaml_value(item)}' for key, item in value.items())}}}"
         case str():
             return _yaml_text(value)
     raise AssertionError(f"a config cannot hold {type(value).__name__}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from affina.catalog.context import local_context_tokens
+from affina.catalog.methods import FIELDS, METHODS, AdapterMethod, method_named, methods_that_train_on
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig, SourceConfig
@@ -206,7 +207,7 @@ def _rank_too_large(settings: Settings) -> ConfigError | None:
 @reads("adapter.alpha", "adapter.rank", "adapter.method")
 def _scale_too_large(settings: Settings) -> ConfigError | None:
     scale = adapter_scale(settings.config)
-    if scale <= MAX_SCALE:
+    if scale is None or scale <= MAX_SCALE:
         return None
     adapter = settings.config.adapter
     root = "sqrt(rank)" if adapter.method == "rslora" else "rank"
@@ -216,6 +217,113 @@ def _scale_too_large(settings: Settings) -> ConfigError | None:
         why=f"the usual scale is between 0.5 and 4, and beyond {MAX_SCALE:g} the first steps diverge",
         fix="write `alpha: 32` and tune training.learning_rate",
         where=settings.where("adapter.alpha", "adapter.rank", "adapter.method"),
+    )
+
+
+@reads("adapter.method")
+def _unused_adapter_setting(settings: Settings) -> ConfigError | None:
+    """A setting that the method does not read. One with its default value means nothing, and a preset's are left
+    aside."""
+    adapter = settings.config.adapter
+    method = method_named(adapter.method)
+    unused = [
+        name
+        for name in FIELDS
+        if name not in method.fields
+        and settings.wrote(f"adapter.{name}")
+        and getattr(adapter, name) != type(adapter).model_fields[name].default
+    ]
+    if not unused:
+        return None
+    homes = [other.name for other in METHODS.values() if unused[0] in other.fields]
+    has = f"{method.name} has {', '.join(method.fields)}" if method.fields else f"{method.name} has no settings"
+    return ConfigError(
+        "adapter-setting-unused",
+        f"adapter.{unused[0]} is given, and {method.title} has no such setting",
+        why=f"{has}; {unused[0]} is a setting of {', '.join(homes) or 'PEFT methods that affina does not verify'}",
+        fix=f"remove {' and '.join(unused)}, or choose a method that has {'it' if len(unused) == 1 else 'them'}",
+        where=settings.where(f"adapter.{unused[0]}"),
+    )
+
+
+@reads("adapter.method", "quantization.method")
+def _method_on_weight_format(settings: Settings) -> ConfigError | None:
+    method = method_named(settings.config.adapter.method)
+    quantization = settings.config.quantization.method
+    weight_format = "dense" if quantization == "none" else quantization
+    if weight_format in method.trains_on:
+        return None
+    return ConfigError(
+        "adapter-unsupported",
+        f"adapter.method is {method.name} and quantization.method is {quantization}",
+        why=why_not_on(method, weight_format),
+        fix=what_trains_instead(method, weight_format),
+        where=settings.where("adapter.method", "quantization.method"),
+    )
+
+
+def why_not_on(method: AdapterMethod, weight_format: str) -> str:
+    """Why a method does not train on a weight format."""
+    if method.name == "loftq":
+        return "LoftQ starts as the error of NF4; other weights have none that it could start from"
+    if method.name in ("pissa", "olora"):
+        return f"{method.title} starts from a factorisation of the weights; quantised ones have lost what it would move"
+    if method.kind == "weights":
+        return f"{weight_format} codes cannot be trained; only adapters beside them can"
+    if not method.is_verified:
+        return (
+            "PEFT's own layers may read the codes as if they were weights (HRA trains on int8 codes without an error)"
+        )
+    return f"{method.title} needs the dense weights"
+
+
+def what_trains_instead(method: AdapterMethod, weight_format: str) -> str:
+    """The nearest thing that works."""
+    if method.name == "loftq":
+        return "write `quantization: nf4`, or `adapter: pissa` for dense weights"
+    near = "loftq" if method.name in ("pissa", "olora") and weight_format == "nf4" else "lora"
+    others = ", ".join(name for name in methods_that_train_on(weight_format) if name != near)
+    return f"write `quantization: none`, or `adapter: {near}` (on {weight_format} also: {others})"
+
+
+@reads("adapter.method", "training.gradient_checkpointing")
+def _checkpointing_of_method(settings: Settings) -> ConfigError | None:
+    method = method_named(settings.config.adapter.method)
+    if method.checkpointing or settings.config.training.gradient_checkpointing is not True:
+        return None
+    return ConfigError(
+        "adapter-without-checkpointing",
+        f"training.gradient_checkpointing is true and adapter.method is {method.name}",
+        why="the prefix is a cache of keys and values, and recomputing a layer would append to it a second time",
+        fix="remove gradient_checkpointing, or write `adapter: prompt` or `adapter: ptuning`, which recompute",
+        where=settings.where("training.gradient_checkpointing", "adapter.method"),
+    )
+
+
+@reads("adapter.method", "data.streaming")
+def _eva_with_streaming(settings: Settings) -> ConfigError | None:
+    if settings.config.adapter.method != "eva" or not settings.config.data.streaming:
+        return None
+    return ConfigError(
+        "eva-with-streaming",
+        "adapter.method is eva and data.streaming is true",
+        why="EVA looks at the first samples before the first step, and a stream cannot be wound back",
+        fix="turn data.streaming off, or write `adapter: lora`",
+        where=settings.where("adapter.method", "data.streaming"),
+    )
+
+
+@reads("adapter.method", "adapter.rank", "adapter.initial_rank")
+def _initial_rank_too_small(settings: Settings) -> ConfigError | None:
+    adapter = settings.config.adapter
+    if adapter.initial_rank is None or adapter.initial_rank >= adapter.rank:
+        return None
+    return ConfigError(
+        "initial-rank-too-small",
+        f"adapter.initial_rank is {adapter.initial_rank} and adapter.rank is {adapter.rank}",
+        why="AdaLoRA comes down from initial_rank to rank, on the average of all layers",
+        fix=f"write `initial_rank: {adapter.rank * 3 // 2}`, or remove it",
+        where=settings.where("adapter.initial_rank", "adapter.rank"),
     )
 
 
@@ -264,22 +372,29 @@ def _lowest_keeps_activations(settings: Settings) -> ConfigError | None:
     )
 
 
-@reads("data.max_length", "model.path")
+@reads("data.max_length", "model.path", "adapter.num_virtual_tokens")
 def _longer_than_context(settings: Settings) -> ConfigError | None:
     """For a model on this machine; that of a hub id is compared once its config.json is there."""
     context = local_context_tokens(settings.config.model.path)
-    if context is None or settings.config.data.max_length <= context:
+    if context is None or settings.config.data.max_length <= room_for_samples(settings.config, context):
         return None
     return longer_than_context(settings.config, context, where=settings.where("data.max_length", "model.path"))
 
 
+def room_for_samples(config: RunConfig, context: int) -> int:
+    """Tokens of a context that are left for a sample: virtual tokens take theirs."""
+    return context - (config.adapter.num_virtual_tokens or 0)
+
+
 def longer_than_context(config: RunConfig, context: int, *, where: Location | None = None) -> ConfigError:
     """The error for samples that the model could not read whole."""
+    room = room_for_samples(config, context)
+    taken = f", of which the adapter's virtual tokens take {context - room}" if room < context else ""
     return ConfigError(
         "longer-than-context",
-        f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}",
+        f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}{taken}",
         why="beyond its context a model has never seen the positions: it would learn noise, or fail",
-        fix=f"write `max_length: {context}` or less; data.truncation says what happens to longer samples",
+        fix=f"write `max_length: {room}` or less; data.truncation says what happens to longer samples",
         where=where,
     )
 

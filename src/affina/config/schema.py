@@ -12,9 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from affina.catalog.methods import MethodName, PeftName
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Option = bool | int | float | str | None
+Options = dict[str, Option | list[Option]]
 
 
 class Section(BaseModel):
@@ -68,17 +72,17 @@ class QuantizationConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What is trained: a low-rank update of the chosen linear layers."""
+    """What is trained. Which of these settings a method has, and what it can do: docs/reference/methods.md."""
 
-    method: Literal["lora", "rslora"] = Field(
+    method: MethodName | PeftName = Field(
         default="lora",
-        description="lora scales the update by alpha / rank, rslora by alpha / sqrt(rank). "
-        "rslora is for ranks from 64 up, with alpha and learning rate tuned again.",
+        description="How the model is changed; `affina methods` compares them. Names from c3a on are PEFT's own: "
+        "trained as PEFT does it, and not verified.",
     )
     rank: PositiveInt = Field(
         default=16,
         description="Width of the update. Raise it when the training loss falls too slowly on much data; "
-        "one unit holds about 4 million supervised tokens of a 4B model.",
+        "one unit holds about 4 million supervised tokens of a 4B model. Methods unlike LoRA have their own default.",
     )
     alpha: Annotated[float, Field(gt=0)] = Field(
         default=32.0, description="Numerator of the update's scale. Tune the learning rate rather than this."
@@ -91,6 +95,43 @@ class AdapterConfig(Section):
         default="all-linear",
         description="Linear layers that get an adapter: all but the head, or a list of module names such as q_proj. "
         "Fewer targets save memory and lose quality; the MLP layers matter most.",
+    )
+    learning_rate_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="Of loraplus: learning rate of B over that of A; 16 where not given."
+    )
+    initial_rank: PositiveInt | None = Field(
+        default=None, description="Of adalora: rank at the start, from which it comes down to `rank`; 1.5 times `rank`."
+    )
+    orthogonal_weight: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Of adalora: weight of the term that keeps its factors orthogonal; 0.5."
+    )
+    num_virtual_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Of prefix, ptuning, prompt: trained tokens before every sample; 20. They cost context.",
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        default=None,
+        description="Of ptuning: width of its encoder; 128. Of prefix: width of an encoder that only training "
+        "uses; none where not given.",
+    )
+    block_size: PositiveInt | None = Field(
+        default=None, description="Of oft and boft: inputs that are rotated together; 32 and 4."
+    )
+    kronecker_factor: PositiveInt | None = Field(
+        default=None, description="Of lokr: size of the small factor; as square as possible where not given."
+    )
+    bottleneck_size: PositiveInt | None = Field(
+        default=None, description="Of houlsby and pfeiffer: width of the bottleneck; 64."
+    )
+    num_layers: PositiveInt | None = Field(
+        default=None, description="Of freeze: how many of the last decoder layers are trained; 2."
+    )
+    calibration_samples: PositiveInt | None = Field(
+        default=None, description="Of eva: training samples whose activations give the first directions; 64."
+    )
+    options: Options = Field(
+        default={},
+        description="Of PEFT's own methods: fields of the method's PEFT config, such as `options: {r: 8}`.",
     )
 
 

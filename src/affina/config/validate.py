@@ -257,8 +257,6 @@ def _fix_value(schema_field: FieldInfo, schema_path: str, node: Node) -> str:
         return "write null, or leave the key out"
     if schema_path == "adapter.method" and str(value).lower() == "qlora":
         return "write `adapter: lora` and `quantization: nf4`; together they are QLoRA"
-    if schema_path == "adapter.method" and str(value).lower() in ("none", "full", "freeze"):
-        return "this version trains adapters only: write `adapter: lora`"
     words = literals(schema_field) or _item_words(schema_field)
     wrong = [item for item in value if item not in words] if isinstance(value, list) and words else [value]
     if words and len(wrong) == 1 and (word := suggest_value(schema_path, wrong[0], words)) is not None:

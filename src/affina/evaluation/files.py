@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from affina.catalog.methods import METHODS
 from affina.evaluation.compare import EvaluationResult
 from affina.evaluation.report import Command, Fact, ReportData, config_rows, write_report
 from affina.runs import atomic
@@ -71,9 +72,13 @@ def next_commands(run: RunDirectory) -> list[Command]:
     """What one does with a tuned model, or with a run that has none yet."""
     if not run.adapter.is_dir():
         return [Command(f"affina train --resume {run.path}", "Continue from the last checkpoint.")]
+    merge = Command(
+        f"affina merge {run.path} -o {run.name}-merged", "Write a model that needs no adapter, and check it."
+    )
+    method = METHODS.get(str(read_manifest(run).get("method") or "lora"))
     return [
         Command(f"affina chat {run.path}", "Talk to the tuned model; /base shows what its base would say."),
-        Command(f"affina merge {run.path} -o {run.name}-merged", "Write a model that needs no adapter, and check it."),
+        *([merge] if method is not None and method.merges != "no" else []),
         Command("affina runs", "See all runs; name two to compare their settings and results."),
     ]
 

@@ -2,7 +2,8 @@
 
     W' = W + s · B A        computed in float32, rounded once to the type of the result
 
-The base is the original one, never its quantised copy: merging into that would quantise the sum again and lose part of
+(LoRA; mergers.py has the other methods.) The base is the original one, never its quantised copy: merging into that
+would quantise the sum again and lose part of
 the adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are
 compared with those of base and adapter: an export whose effect vanished fails, and leaves nothing behind.
 """
@@ -18,13 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from affina.errors import ExportError
+from affina.export.mergers import Merger, merger_of, require_mergeable
 from affina.export.output import check_output, check_space, copy_companions
 from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import AdapterInfo, adapter_disabled, base_identity, load_adapter, read_adapter_info
-from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
 from affina.models.load import load_causal_lm
@@ -36,7 +36,6 @@ from affina.models.safetensors_file import (
     read_tensor,
     write_sharded,
 )
-from affina.models.structure import base_model_of
 from affina.models.weights import WeightFormatOptions
 from affina.runs.atomic import new_directory
 
@@ -111,7 +110,8 @@ def merge(
     trained_int8_vocabulary: whether its embedding and head were in int8 (engine.memory: lowest), likewise
     probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
 
-    Raises ExportError: output-exists, disk-full, dtype-unknown, merge-vanished (the adapter's effect is not in the
+    Raises ExportError: output-exists, disk-full, dtype-unknown, merge-unsupported (the method), merge-vanished (the
+                        adapter's effect is not in the
                         result),
     merge-unverified (the result differs by more than rounding); ModelError when base or adapter cannot be used.
     """
@@ -119,17 +119,20 @@ def merge(
     check_output(target, why="a merge never overwrites")
     folder = resolve_model_folder(base, revision=revision, with_code=trust_remote_code)
     specs, raw_config, info = checkpoint_tensors(folder), read_config(folder), read_adapter_info(adapter)
+    require_mergeable(info)
     _check_space(target, specs, target_dtype)
     proof_dtype = _proof_dtype(specs, target_dtype)
     load = _loader(revision, trust_remote_code, device)
     prompts = probe_prompts if probe_prompts is not None else default_probes(folder, text_vocabulary(raw_config))
     notes: list[str] = []
 
-    with_adapter = load_adapter(load(base, proof_dtype, None), info.directory)
+    made_for = trained_weight_format if info.method == "loftq" else None
+    plain = load(base, proof_dtype, made_for)
+    identity = base_identity(plain)
+    with_adapter = load_adapter(plain, info.directory)
     expected, of_base = logits_of(with_adapter, prompts), _logits_of_base(with_adapter, prompts)
-    identity = base_identity(with_adapter)
-    transposed = _transposed_layers(base_model_of(with_adapter))
-    del with_adapter
+    writer = _Writer(merger_of(info, with_adapter), target_dtype)
+    del with_adapter, plain
 
     with new_directory(target) as temporary:
         stored = StoredWeights(specs, None)
@@ -140,9 +143,8 @@ def merge(
                 f"the base is stored in {options.name}: its weights were expanded before merging; "
                 "the original base would be more exact"
             )
-        merger = _Merger(info, read_adapter_tensors(info.directory), transposed, target_dtype)
-        if merger.fits(specs):
-            planned = list(merger.plan(stored))
+        if writer.fits(specs):
+            planned = list(writer.plan(stored))
             files = write_sharded(temporary, planned, max_shard_bytes=max_shard_bytes)
             num_tensors = len(planned)
             num_bytes = sum(tensor.num_bytes for tensor in planned)
@@ -151,7 +153,7 @@ def merge(
                 "the checkpoint names tensors differently from the modules: "
                 "merged in memory instead of tensor by tensor"
             )
-            files = _merge_in_memory(load(base, target_dtype, None), merger, temporary)
+            files = _merge_in_memory(load(base, target_dtype, None), writer, temporary)
             written = checkpoint_tensors(temporary)
             num_tensors, num_bytes = len(written), sum(spec.num_bytes for spec in written.values())
         _write_config(temporary, raw_config, dtype)
@@ -163,7 +165,9 @@ def merge(
         _prove(differences, target_dtype, dtype)
 
         quantized_difference = None
-        if trained_weight_format is not None or trained_int8_vocabulary:
+        if made_for is not None:
+            notes.append("merged into the dequantised NF4 base, which the adapter was made for")
+        elif trained_weight_format is not None or trained_int8_vocabulary:
             trained_base = load(base, proof_dtype, trained_weight_format, trained_int8_vocabulary)
             trained = logits_of(load_adapter(trained_base, info.directory), prompts)
             quantized_difference = rms(merged - trained) / spread_of(expected)
@@ -179,7 +183,7 @@ def merge(
         adapter=info.directory,
         dtype=dtype,
         num_tensors=num_tensors,
-        num_merged=len(merger.pairs),
+        num_merged=len(writer.merger.names),
         num_bytes=num_bytes,
         files=tuple(path.name for path in files),
         num_probe_tokens=expected.shape[0],
@@ -245,20 +249,15 @@ def _loader(revision: str | None, trust_remote_code: bool, device: torch.device 
 
 
 @dataclass(frozen=True, slots=True)
-class _Merger:
-    """The adapter's matrices, and how a tensor of the base becomes one of the result.
+class _Writer:
+    """How a tensor of the base becomes one of the result."""
 
-    pairs: (A [R, in], B [out, R]) by layer name     transposed: layers that store [in, out]
-    """
-
-    info: AdapterInfo
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    transposed: frozenset[str]
+    merger: Merger
     dtype: torch.dtype
 
     def fits(self, specs: Mapping[str, TensorSpec]) -> bool:
-        """Whether every adapted layer is a tensor of its own in the checkpoint."""
-        return all(f"{layer}.weight" in specs for layer in self.pairs)
+        """Whether every changed tensor is one of its own in the checkpoint."""
+        return all(name in specs for name in self.merger.names)
 
     def plan(self, stored: StoredWeights) -> Iterator[PlannedTensor]:
         """Every tensor of the result, in the order of the files, to be made when it is written."""
@@ -272,33 +271,22 @@ class _Merger:
         def make() -> Tensor:
             quantized = stored.quantized(name)
             weight = quantized.dequantize(torch.float32) if quantized is not None else read_tensor(stored.specs[name])
-            return self.merged(name.removesuffix(".weight"), weight)
+            return self.merged(name, weight)
 
         return make
 
-    def merged(self, layer: str, weight: Tensor) -> Tensor:
-        """W + s · B A in the type of the result, or the tensor itself when the adapter leaves it alone."""
-        if layer not in self.pairs:
-            return weight.to(self.dtype) if weight.is_floating_point() else weight
-        down, up = self.pairs[layer]
-        update = self.info.scale_of(layer, down.shape[0]) * (up.float() @ down.float())
-        if layer in self.transposed:
-            update = update.t()
-        return (weight.float() + update).to(self.dtype)
-
-
-def _transposed_layers(base: PreTrainedModel) -> frozenset[str]:
-    return frozenset(
-        name.removesuffix(".base_layer") for name, module in base.named_modules() if isinstance(module, Conv1D)
-    )
+    def merged(self, name: str, tensor: Tensor) -> Tensor:
+        """The merged tensor in the type of the result, or the tensor itself when the adapter leaves it alone."""
+        if name not in self.merger.names:
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return self.merger.merged(name, tensor).to(self.dtype)
 
 
 @torch.no_grad()
-def _merge_in_memory(model: PreTrainedModel, merger: _Merger, folder: Path) -> list[Path]:
-    for layer in merger.pairs:
-        weight = model.get_submodule(layer).weight
-        assert isinstance(weight, Tensor)
-        weight.copy_(merger.merged(layer, weight))
+def _merge_in_memory(model: PreTrainedModel, writer: _Writer, folder: Path) -> list[Path]:
+    for name in writer.merger.names:
+        parameter = model.get_parameter(name)
+        parameter.copy_(writer.merged(name, parameter))
     with quiet_loading():
         model.save_pretrained(folder)
     return sorted(folder.glob("*.safetensors"))
@@ -314,7 +302,10 @@ def _write_provenance(folder: Path, info: AdapterInfo, identity: Mapping[str, An
     content = {
         "merged": True,
         "base": info.base or dict(identity),
-        "adapter": {key: info.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")},
+        "adapter": {
+            "method": info.method,
+            **{key: info.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")},
+        },
         "contract": info.contract,
         "dtype": dtype,
         "versions": info.versions,

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.catalog.context import context_tokens
-from affina.config.rules import longer_than_context
+from affina.catalog.decoder_shape import decoder_shape
+from affina.catalog.methods import method_named
+from affina.config.rules import longer_than_context, room_for_samples
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
+from affina.models.adapters.attach import ADAPTER_NAME
+from affina.models.adapters.factors import start_from_quantization_error
+from affina.models.adapters.limits import check_sizes
+from affina.models.checkpoint import resolve_model_folder
 from affina.models.compat import enable_recomputation
 from affina.models.device import check_fp8, choose_device, choose_precision, describe_device, free_bytes
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
-from affina.models.forward import isolation_of
+from affina.models.forward import compute_dtype_of, isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.quantized_checkpoint import options_of_checkpoint
+from affina.models.safetensors_file import checkpoint_tensors, read_tensor
 from affina.models.structure import text_config
 from affina.models.weights import (
     Fp4Options,
@@ -52,7 +61,7 @@ class LoadedModel:
     notes:          sentences for the user: a chosen precision, a layout, recomputation
     """
 
-    model: PeftModel
+    model: nn.Module
     identity: dict[str, Any]
     device: torch.device
     device_name: str
@@ -77,8 +86,14 @@ def check_before_data(config: RunConfig) -> None:
     if options is not None and options.layer is Fp8Linear:
         check_fp8(device, torch.float32)
     context = context_tokens(raw_config)
-    if context is not None and config.data.max_length > context:
+    if context is not None and config.data.max_length > room_for_samples(config, context):
         raise longer_than_context(config, context)
+    shape = decoder_shape(raw_config)
+    if shape is not None:
+        targets = shape.linears_named(config.adapter.targets)
+        sizes = {linear.name: (linear.num_outputs, linear.num_inputs) for linear in targets}
+        method = method_named(config.adapter.method)
+        check_sizes(method, method.settings(**_adapter_options(config)), sizes)
 
 
 def load_for_training(config: RunConfig) -> LoadedModel:
@@ -87,22 +102,47 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     Raises ModelError for a model that cannot be loaded and for adapter targets that match nothing.
     """
     base, device, notes = _load_base(config)
-    model = attach_adapter(
-        base,
-        method=config.adapter.method,
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        dropout=config.adapter.dropout,
-        targets=config.adapter.targets,
-        seed=config.training.seed,
-    )
+    identity = base_identity(base)  # before anything of it is trained
+    method = method_named(config.adapter.method)
+    model = attach_adapter(base, method=method.name, seed=config.training.seed, options=_adapter_options(config))
+    if method.name == "loftq":
+        assert isinstance(model, PeftModel)
+        start_from_quantization_error(model, ADAPTER_NAME, _original_weights(config))
+    if not method.is_verified:
+        notes.append(f"{method.title} is trained as PEFT does it, and not verified by affina")
     isolation = isolation_of(model)
     if config.data.packing and isolation.layout == "rows":
         notes.append(isolation.reason)
     if not _attach_engine(model, config, notes) and _wants_checkpointing(config, base, device):
         enable_recomputation(base)
         notes.append("activations are recomputed in the backward pass (training.gradient_checkpointing)")
-    return _describe(model, base, config, device, notes)
+    return _describe(model, base, identity, config, device, notes)
+
+
+def _adapter_options(config: RunConfig) -> dict[str, Any]:
+    """The settings of the section `adapter` that its method reads."""
+    fields = method_named(config.adapter.method).fields
+    return {name: value for name in fields if (value := getattr(config.adapter, name)) is not None}
+
+
+def _original_weights(config: RunConfig) -> Callable[[str], Tensor]:
+    """From a layer's name to its weight before quantisation, read from the checkpoint again."""
+    folder = resolve_model_folder(config.model.path, revision=config.model.revision)
+    specs = checkpoint_tensors(folder)
+
+    def original(layer: str) -> Tensor:
+        spec = specs.get(f"{layer}.weight")
+        if spec is None or not spec.dtype.is_floating_point:
+            kept = "is stored in 4 bits" if spec is not None else f"has no tensor {layer}.weight"
+            raise ModelError(
+                "adapter-unsupported",
+                f"LoftQ needs the original weights, and {config.model.path} {kept}",
+                why="it starts as what NF4 has lost of them",
+                fix="give the original model as model.path, or write `adapter: lora`",
+            )
+        return read_tensor(spec)
+
+    return original
 
 
 def load_for_inference(config: RunConfig, adapter: Path) -> LoadedModel:
@@ -111,7 +151,8 @@ def load_for_inference(config: RunConfig, adapter: Path) -> LoadedModel:
     Raises ModelError when the adapter is damaged or belongs to another base.
     """
     base, device, notes = _load_base(config)
-    return _describe(load_adapter(base, adapter), base, config, device, notes)
+    identity = base_identity(base)
+    return _describe(load_adapter(base, adapter), base, identity, config, device, notes)
 
 
 def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[str]]:
@@ -154,11 +195,16 @@ def weight_format(config: RunConfig) -> WeightFormatOptions | None:
 
 
 def _describe(
-    model: PeftModel, base: PreTrainedModel, config: RunConfig, device: torch.device, notes: list[str]
+    model: nn.Module,
+    base: PreTrainedModel,
+    known_identity: dict[str, Any],
+    config: RunConfig,
+    device: torch.device,
+    notes: list[str],
 ) -> LoadedModel:
-    dtype = base.dtype
+    dtype = compute_dtype_of(model)
     identity = {
-        **base_identity(base),
+        **known_identity,
         "path": config.model.path,
         "revision": config.model.revision,
         "quantization": config.quantization.model_dump(mode="json"),
@@ -183,7 +229,7 @@ def _precision_name(base: PreTrainedModel, dtype: torch.dtype) -> str:
 
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters as if nothing were quantised; tied ones count once."""
-    packed = {id(layer.weight): layer for layer in quantized_layers(model)}
+    packed = {id(layer.codes): layer for layer in quantized_layers(model)}
     return sum(
         packed[id(parameter)].in_features * packed[id(parameter)].out_features
         if id(parameter) in packed
@@ -192,7 +238,7 @@ def count_parameters(model: torch.nn.Module) -> int:
     )
 
 
-def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> bool:
+def _attach_engine(model: nn.Module, config: RunConfig, notes: list[str]) -> bool:
     """Attach the fast engine where the config wants it and it runs this model; whether it is attached."""
     if config.engine.path == "reference":
         return False
@@ -202,7 +248,7 @@ def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> boo
         row_tokens=config.training.micro_batch_size * config.data.max_length,
         budget_bytes=int(memory * 2**30) if isinstance(memory, float) else None,
         recompute=config.training.gradient_checkpointing,
-        is_flat=config.training.optimizer == "adamw",
+        is_flat=config.training.optimizer == "adamw" and config.adapter.method != "loraplus",
         is_lean=memory == "lowest",
     )
     if isinstance(attached, Unsupported):

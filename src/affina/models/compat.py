@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -17,8 +18,17 @@ from transformers.utils import logging as transformers_logging
 def quiet_peft() -> Iterator[None]:
     """PEFT 0.21 reads `model.is_gradient_checkpointing`, which transformers ≥ 5.20 deprecates with a FutureWarning
     that the user can do nothing about. Delete when the oldest supported PEFT reads `is_activation_checkpointing`.
+
+    It also warns of parameters that a file does not have, which storage.py refuses; that the ranks which AdaLoRA has
+    left are no pattern of LoRA's; that BOFT's CUDA extension is not there, which one butterfly factor does not need;
+    that a norm is "unsupported" to LayerNorm tuning, which copies the module whatever it is. Delete when it does not.
     """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match.*")
+        warnings.filterwarnings("ignore", message="Failed to load the CUDA extension.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Setting boft_n_butterfly_factor to 1.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*orm.*encountered.*", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
@@ -73,3 +83,29 @@ def import_bitsandbytes_offline() -> None:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = before  # type: ignore[assignment]
+
+
+def register_peft_tuner(name: str, config: type[Any], tuner: type[Any], prefix: str) -> None:
+    """Make a tuner of affina's own known to PEFT under `name`.
+
+    PEFT 0.21's public `register_peft_method` takes names of its own enumeration only (its issue #244 asks for
+    bottleneck adapters since 2023), so the entry goes into the mappings that it fills. Delete when it takes other
+    names.
+    """
+    from peft import mapping
+
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = prefix
+
+
+def adapter_prefixes() -> tuple[str, ...]:
+    """How the names of PEFT's own modules and parameters inside a layer begin: `lora_`, `hada_`, `ia3_`, …"""
+    from peft import mapping
+
+    return tuple(sorted({prefix for prefix in mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix}))
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a parameter or module of that dotted name belongs to an adapter and not to the base."""
+    return any(part.startswith(("prompt_encoder", "ranknum", *adapter_prefixes())) for part in name.split("."))

@@ -30,9 +30,11 @@ from affina.errors import ModelError
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from affina.kernels.logits import finish_logits, head_product
 from affina.kernels.packed_attention import Documents
+from affina.models.adapters.trained_weights import trained_weights_of
 from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
 from affina.models.engines import engine_of
 from affina.models.structure import Head, base_model_of, body_of, head_of, text_config
+from affina.models.virtual_tokens import VirtualTokens, virtual_tokens_of
 
 IGNORED_LABEL = -100
 Layout = Literal["packed", "rows"]
@@ -99,7 +101,7 @@ def supervised_token_losses(model: nn.Module, batch: Batch, *, layout: Layout | 
             losses = nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
         else:
             losses = token_losses(
-                selected.hidden,
+                _like_head(selected.hidden, head),
                 head.weight,
                 selected.targets,
                 bias=head.bias,
@@ -128,11 +130,18 @@ def compute_context(model: nn.Module) -> torch.autocast | nullcontext[None]:
     Adapters are float32 masters. PEFT would cast, and keep, a float32 copy of every layer's input for them: 226
     instead of 151 KiB per token and layer on Qwen3-4B. Under autocast it is the small matrices that are cast.
     """
-    base = base_model_of(model)
-    dtype = base.dtype
-    if dtype not in (torch.float16, torch.bfloat16) or not _has_float32_adapters(model):
+    dtype = compute_dtype_of(model)
+    if dtype not in (torch.float16, torch.bfloat16) or not _has_float32_parameters(model):
         return nullcontext()
-    return torch.autocast(base.device.type, dtype=dtype)
+    return torch.autocast(base_model_of(model).device.type, dtype=dtype)
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of the forward pass: the base's, or, where the base's own weights are trained in float32, what it
+    was."""
+    trained = trained_weights_of(model)
+    dtype: torch.dtype = trained.compute_dtype if trained is not None else base_model_of(model).dtype
+    return dtype
 
 
 # Packed rows
@@ -198,8 +207,11 @@ def _to_rows(batch: Batch, which: range | list[int]) -> _Rows:
 def _rows_hidden(model: nn.Module, base: PreTrainedModel, rows: _Rows) -> Tensor:
     """[S, L, D]"""
     body = body_of(base)
+    virtual = virtual_tokens_of(model)
     options = {"position_ids": rows.position_ids} if _takes(body or base, "position_ids") else {}
     with compute_context(model):
+        if virtual is not None:
+            return _rows_after_virtual_tokens(virtual, base, body, rows)
         if body is not None:
             output = body(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **options)
             hidden: Tensor = output.last_hidden_state
@@ -213,6 +225,37 @@ def _rows_hidden(model: nn.Module, base: PreTrainedModel, rows: _Rows) -> Tensor
         )
         last: Tensor = output.hidden_states[-1]
         return last
+
+
+def _rows_after_virtual_tokens(
+    virtual: VirtualTokens, base: PreTrainedModel, body: nn.Module | None, rows: _Rows
+) -> Tensor:
+    """[S, L, D] of the samples' own tokens, each row with the virtual tokens before them."""
+    if body is None:
+        raise ModelError(
+            "adapter-unsupported",
+            f"virtual tokens cannot be put before the samples of {type(base).__name__}",
+            why="its body cannot be told from its head",
+            fix="write `adapter: lora`",
+        )
+    count, size = virtual.count, rows.input_ids.shape[0]
+    mask = torch.cat([rows.attention_mask.new_ones(size, count), rows.attention_mask], dim=1)
+    positions = torch.arange(count + rows.input_ids.shape[1], device=mask.device).expand(size, -1)
+    if virtual.is_prefix:
+        output = body(
+            input_ids=rows.input_ids,
+            attention_mask=mask,
+            position_ids=positions[:, count:],
+            past_key_values=virtual.cache(size),
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+    output = body(
+        inputs_embeds=virtual.embeddings(rows.input_ids), attention_mask=mask, position_ids=positions, use_cache=False
+    )
+    after: Tensor = output.last_hidden_state[:, count:]
+    return after
 
 
 # The head, where it is needed
@@ -263,8 +306,13 @@ def _loss_of_hidden(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor
             logits = _logits_by_module(base_model_of(model), hidden)
         return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return linear_cross_entropy(
-        hidden, head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
+        _like_head(hidden, head), head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
     )
+
+
+def _like_head(hidden: Tensor, head: Head) -> Tensor:
+    """A norm or a layer that is trained in float32 hands its type on to the head of a 16-bit model."""
+    return hidden.to(head.weight.dtype) if isinstance(head.weight, Tensor) else hidden
 
 
 def _logits_by_module(base: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -309,7 +357,8 @@ def _verify_head(model: nn.Module, base: PreTrainedModel, head: Head | None) -> 
     batch = _probe_batch(base, documents=1)
     with evaluation_mode(model), compute_context(model):
         expected = base(input_ids=batch.input_ids.unsqueeze(0), use_cache=False).logits[0].float()
-        hidden = _rows_hidden(model, base, _to_rows(batch, range(1)))[0]
+        # Without virtual tokens: the question is what the head does.
+        hidden = _rows_hidden(base, base, _to_rows(batch, range(1)))[0]
         if head is None:
             found = _logits_by_module(base, hidden).float()
         else:
@@ -317,7 +366,7 @@ def _verify_head(model: nn.Module, base: PreTrainedModel, head: Head | None) -> 
             found = finish_logits(found, head.bias, head.softcap, head.scale)
     difference = _relative_difference(found, expected)
     # Rounding alone: 1e-6 in float32, 2^-8 per operation in bfloat16, on numbers of the logits' spread.
-    tolerance = 1e-3 if base.dtype == torch.float32 else 0.05
+    tolerance = 1e-3 if compute_dtype_of(model) == torch.float32 else 0.05
     if difference > tolerance:
         raise ModelError(
             "head-unknown",
@@ -332,6 +381,8 @@ def isolation_of(model: nn.Module) -> Isolation:
 
     Switches the model's attention to `affina_packed` when that works.
     """
+    if virtual_tokens_of(model) is not None:
+        return Isolation("rows", "each sample begins with the virtual tokens: one row per document", 0.0)
     base = base_model_of(model)
     if base not in _ISOLATIONS:
         _ISOLATIONS[base] = _probe_isolation(model, base)
@@ -366,7 +417,7 @@ def _probe_isolation(model: nn.Module, base: PreTrainedModel) -> Isolation:
     difference = max(leak, _relative_difference(packed, apart))
     # The same kernels on the same shapes: a leak is anything but zero. Apart, other kernels may round differently:
     # 1e-6 in float32; 2^-8 an operation in bfloat16, some per cent after dozens of layers.
-    is_exact = base.dtype == torch.float32
+    is_exact = compute_dtype_of(model) == torch.float32
     if not (leak <= (1e-5 if is_exact else 1e-2) and difference <= (1e-3 if is_exact else 0.1)):
         base.set_attn_implementation(before)
         what = "documents see each other" if leak > 1e-5 else "documents are computed differently when they share a row"
@@ -430,6 +481,5 @@ def _takes(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
 
 
-def _has_float32_adapters(model: nn.Module) -> bool:
-    first = next((parameter for name, parameter in model.named_parameters() if ".lora_" in name), None)
-    return first is not None and first.dtype == torch.float32
+def _has_float32_parameters(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float32 for parameter in model.parameters())

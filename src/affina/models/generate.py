@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from affina.errors import ModelError
 from affina.models.forward import compute_context, evaluation_mode
 from affina.models.structure import base_model_of, text_config
+from affina.models.virtual_tokens import virtual_tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +145,18 @@ class _Decoder:
         for row, prompt in enumerate(prompts):
             self.input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
             self.mask[row, width - len(prompt) :] = 1
+        self.virtual = virtual_tokens_of(model)
+        if self.virtual is not None:
+            self.mask = torch.cat([self.mask.new_ones(len(prompts), self.virtual.count), self.mask], dim=1)
         self.input_ids, self.mask = self.input_ids.to(device), self.mask.to(device)
         self.lengths = self.mask.sum(dim=1)
         self.positions_are_taken = takes_argument(base, "position_ids")
-        self.cache: DynamicCache | None = None if base._is_stateful else DynamicCache(config=base.config)
+        self.cache: Cache | None = None if base._is_stateful else DynamicCache(config=base.config)
+        if self.virtual is not None and self.virtual.is_prefix:
+            with torch.no_grad(), evaluation_mode(model), compute_context(model):
+                self.cache = self.virtual.cache(len(prompts))
         with torch.no_grad(), evaluation_mode(model), compute_context(model):
-            self.logits = self._forward(self.input_ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+            self.logits = self._forward(self.input_ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), is_first=True)
 
     def advance(self, tokens: list[int]) -> None:
         """Appends one token to every row."""
@@ -157,7 +164,7 @@ class _Decoder:
         self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
         if self.cache is None:
             self.input_ids = torch.cat([self.input_ids, column], dim=1)
-            self.logits = self._forward(self.input_ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+            self.logits = self._forward(self.input_ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), is_first=True)
         else:
             self.logits = self._forward(column, self.lengths.unsqueeze(1))
         self.lengths = self.lengths + 1
@@ -169,15 +176,22 @@ class _Decoder:
         if self.cache is not None:
             self.cache.batch_select_indices(index)
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        options: dict[str, Any] = {"position_ids": position_ids} if self.positions_are_taken else {}
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, *, is_first: bool = False) -> Tensor:
+        """is_first: `input_ids` are whole sequences, before which the virtual tokens belong."""
+        options: dict[str, Any] = {"input_ids": input_ids}
+        if self.virtual is not None and is_first:
+            if self.virtual.is_prefix:
+                position_ids = position_ids[:, self.virtual.count :]
+            else:
+                options = {"inputs_embeds": self.virtual.embeddings(input_ids)}
+        if self.positions_are_taken:
+            options["position_ids"] = position_ids
         if self.cache is not None:
             options["past_key_values"] = self.cache
         base = base_model_of(self.model)
         # Without padding there is nothing to mask, and attention takes its fastest path.
         is_padded = not bool(self.mask.all())
         output = base(
-            input_ids=input_ids,
             attention_mask=self.mask if is_padded else None,
             use_cache=self.cache is not None,
             logits_to_keep=1,
@@ -222,8 +236,12 @@ def _generator(sampling: Sampling, index: int) -> torch.Generator | None:
 
 
 def _context_length(model: nn.Module) -> int | None:
+    """Tokens that prompt and reply have together; virtual tokens take theirs."""
     length = getattr(text_config(base_model_of(model)), "max_position_embeddings", None)
-    return int(length) if length else None
+    if not length:
+        return None
+    virtual = virtual_tokens_of(model)
+    return int(length) - (virtual.count if virtual is not None else 0)
 
 
 def _room(model: nn.Module, prompt_length: int, max_new_tokens: int) -> int:

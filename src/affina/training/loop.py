@@ -30,7 +30,7 @@ from affina.errors import TrainingError
 from affina.training.callbacks import Observers, StepMetrics, ValidationMetrics
 from affina.training.loss_scale import LossScale
 from affina.training.objectives import Objective
-from affina.training.optim import FlatAdamW
+from affina.training.optim import LEARNING_RATE_FACTOR, FlatAdamW
 from affina.training.state import TrainState
 
 
@@ -50,6 +50,19 @@ class BatchSource(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What a resumed source needs besides the step number; empty for data that is on disk."""
+        ...
+
+
+class MethodStep(Protocol):
+    """What an adapter method adds to a step (AdaLoRA: training/adalora.py). Its state is the adapter's."""
+
+    def regularization(self) -> Tensor | None:
+        """A term of the step's mean loss that no sample causes; None: there is none. The reported loss is without
+        it."""
+        ...
+
+    def after_update(self, step: int) -> None:
+        """Called when the optimiser has made its step, while the gradients are still there."""
         ...
 
 
@@ -85,6 +98,7 @@ def train(
     stop_requested: Callable[[], bool],
     memory_bytes: Callable[[], int],
     make_room: Callable[[], str | None] | None = None,
+    method_step: MethodStep | None = None,
 ) -> TrainState:
     """Train `parameters`, with the gradients that `objective` on `model` gives them, from `state.step` on.
 
@@ -111,6 +125,7 @@ def train(
             loss_scale=loss_scale.scale,
             begin=lambda: seed_step(settings.seed, state.step),
             make_room=lambda: _make_room(make_room, optimizer, observers, state.step),
+            regularization=method_step.regularization if method_step is not None else None,
         )
         learning_rate = schedule(state.step)
         grad_norm = apply_gradients(
@@ -119,6 +134,8 @@ def train(
         is_finite = math.isfinite(grad_norm)
         if not is_finite:
             _count_skip(state, loss_scale, float(loss), settings, observers, source.describe(state.step))
+        elif method_step is not None:
+            method_step.after_update(state.step)
         optimizer.zero_grad(set_to_none=True)
         loss_scale.update(is_finite=is_finite)
 
@@ -178,7 +195,7 @@ def apply_gradients(
     norm = clip_gradients(parameters, max_norm, loss_scale)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(LEARNING_RATE_FACTOR, 1.0)
         optimizer.step()
     return norm
 
@@ -213,12 +230,14 @@ def accumulate(
     loss_scale: float,
     begin: Callable[[], None],
     make_room: Callable[[], bool],
+    regularization: Callable[[], Tensor | None] | None = None,
 ) -> Tensor:
     """Σ losses / num_supervised, [] float32, with its gradients, times `loss_scale`, in the parameters.
 
     begin:     called before the first batch; seeds the step
     make_room: called when memory runs out; drops the gradients that are there, and says whether a repetition will need
                less. Same batches, same seed, same optimiser state, hence the same step.
+    regularization: a term of the mean loss whose gradients are added once, and which the returned loss leaves out
     """
     while True:
         begin()
@@ -228,6 +247,9 @@ def accumulate(
                 loss_sum, _ = objective(model, batch)
                 (loss_sum * (loss_scale / num_supervised)).backward()  # type: ignore[no-untyped-call]
                 losses.append(loss_sum.detach() / num_supervised)
+            term = regularization() if regularization is not None else None
+            if term is not None:
+                (term * loss_scale).backward()  # type: ignore[no-untyped-call]
             return torch.stack(losses).sum()
         except torch.OutOfMemoryError:
             if not make_room():

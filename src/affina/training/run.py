@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from affina.data.run_data import RunData
 from affina.data.samples import SampleStore
 from affina.data.tokenizer import LoadedTokenizer
 from affina.errors import RunError, TrainingError
-from affina.models.adapters import save_adapter
-from affina.models.adapters.restore import restore_adapter_weights
+from affina.models.adapters import save_adapter, settings_of
+from affina.models.adapters.attach import fast_learning_parameters
+from affina.models.adapters.eva import start_from_inputs
+from affina.models.adapters.restore import restore_adapter_weights, save_training_state
 from affina.models.build import LoadedModel
 from affina.models.device import memory_stats
 from affina.models.engines import engine_of, trainable_parameters
@@ -34,6 +37,7 @@ from affina.runs import atomic
 from affina.runs.checkpoints import Checkpoint, require_whole
 from affina.runs.directory import RunDirectory, require_free_space
 from affina.runs.jsonlines import JsonLinesFile
+from affina.training.adalora import adalora_of
 from affina.training.build import (
     build_optimizer_options,
     build_schedule,
@@ -99,7 +103,9 @@ def run_training(
     num_parameters = loaded.num_parameters
     require_free_space(run.path, checkpoint_bytes(num_trainable, keep_last=config.training.keep_last))
 
-    optimizer = build_optimizer(parameters, build_optimizer_options(config.training))
+    faster, ratio = fast_learning_parameters(model)
+    options = build_optimizer_options(config.training)
+    optimizer = build_optimizer(parameters, options, faster=faster, learning_rate_ratio=ratio)
     optimizer_state = OptimizerState(optimizer, flat_adapter_of(model), adapter_parameters)
     state = TrainState()
     if checkpoint is not None:
@@ -123,7 +129,7 @@ def run_training(
     )
     writer = CheckpointWriter(
         run.checkpoints,
-        write_adapter=lambda folder: save_adapter(model, folder, contract=data.contract, base=loaded.identity),
+        write_adapter=lambda folder: _save(model, folder, data, loaded),
         optimizer_state=optimizer_state,
         observers=observers,
         keep_last=config.training.keep_last,
@@ -143,6 +149,8 @@ def run_training(
     )
     for note in (*loaded.notes, *([saving] if saving is not None else [])):
         observers.event("note", note)
+    if checkpoint is None and settings_of(model).method == "eva":
+        _start_from_inputs(model, source, num_steps, observers)
     observers.start(
         RunFacts(
             name=run.name,
@@ -186,6 +194,7 @@ def run_training(
                 stop_requested=lambda: bool(stop),
                 make_room=engine.make_room if (engine := engine_of(model)) is not None else None,
                 memory_bytes=peak,
+                method_step=adalora_of(model, num_steps=num_steps),
             )
         writer.require_last_written()
     except torch.OutOfMemoryError as error:
@@ -196,8 +205,8 @@ def run_training(
     if settings.save_best and state.best_step is not None and state.stop_reason != "interrupted":
         saved_step = state.best_step
     if state.stop_reason != "interrupted":
-        publish_adapter(run, saved_step)
-        restore_adapter_weights(model, run.adapter)
+        published = publish_adapter(run, saved_step)
+        restore_adapter_weights(model, published.path)
     if (fast := fast_engine_of(model)) is not None and fast.decoder.adapter.is_on_host:
         detach_fast_engine(model)  # what comes next, evaluation and generation, computes with PEFT's own matrices
     assert state.stop_reason is not None
@@ -231,17 +240,43 @@ def _probe_backward(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Non
     """One small forward and backward pass; leaves no gradients and no trace in the random state."""
     with torch.random.fork_rng():
         loss, _ = supervised_loss(model, probe_batch(model))
-        torch.autograd.grad(loss, parameters)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def publish_adapter(run: RunDirectory, step: int) -> None:
-    """Make a checkpoint's adapter the run's result, all or nothing."""
+def publish_adapter(run: RunDirectory, step: int) -> Checkpoint:
+    """Make a checkpoint's adapter the run's result, all or nothing; returns the checkpoint."""
     checkpoint = Checkpoint(run.checkpoints / f"step-{step:08d}", step)
     require_whole(checkpoint)
     with atomic.new_directory(run.adapter) as folder:
         for name in ADAPTER_FILES:
             if (checkpoint.path / name).exists():
                 shutil.copyfile(checkpoint.path / name, folder / name)
+    return checkpoint
+
+
+def _save(model: nn.Module, folder: Path, data: RunData, loaded: LoadedModel) -> None:
+    """The adapter's files, and what a resumed run needs besides them."""
+    save_adapter(model, folder, contract=data.contract, base=loaded.identity)
+    save_training_state(model, folder)
+
+
+def _start_from_inputs(model: nn.Module, source: BatchSource, num_steps: int, observers: Observers) -> None:
+    """EVA: look at the first training samples before the first step."""
+    wanted, batches, seen = settings_of(model).calibration_samples, [], 0
+    for step in range(num_steps):
+        for batch in source.step(step):
+            if seen < wanted:
+                batches.append(batch)
+                seen += len(batch.lengths)
+        if seen >= wanted:
+            break
+    assert isinstance(model, PeftModel)
+    left_random = start_from_inputs(model, batches)
+    if left_random:
+        what = (
+            f"{len(left_random)} layers start at random: inputs of {left_random[0]} span fewer directions than the rank"
+        )
+        observers.event("note", f"EVA: {what}; raise adapter.calibration_samples")
 
 
 def describe_environment(device_name: str) -> dict[str, Any]:
@@ -272,7 +307,7 @@ class PeakMemory:
         return memory_stats(self._device).peak_bytes
 
 
-def _restore(checkpoint: Checkpoint, model: PeftModel, optimizer_state: OptimizerState) -> TrainState:
+def _restore(checkpoint: Checkpoint, model: nn.Module, optimizer_state: OptimizerState) -> TrainState:
     require_whole(checkpoint)
     restore_adapter_weights(model, checkpoint.path)
     restore_optimizer(optimizer_state, checkpoint.path)

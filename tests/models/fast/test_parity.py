@@ -74,7 +74,7 @@ def test_any_choice_of_targets(targets: list[str]) -> None:
     assert worst_difference(expected[1], found[1])[0] < FLOAT32
 
 
-@pytest.mark.parametrize(("method", "rank", "alpha"), [("rslora", 5, 7.0), ("lora", 1, 1.0), ("lora", 33, 16.0)])
+@pytest.mark.parametrize(("method", "rank", "alpha"), [("rslora", 5, 7.0), ("lora", 1, 1.0), ("lora", 31, 16.0)])
 def test_rank_stabilised_scale_and_odd_ranks(method: str, rank: int, alpha: float) -> None:
     model = adapted_model(qwen3_config(num_hidden_layers=2), method=method, rank=rank, alpha=alpha)
     expected, found = both_engines(model, batch_of([30, 7]))

@@ -1,9 +1,10 @@
-"""Adapter methods over PEFT: which there are, how one is attached, saved, loaded and switched off."""
+"""Adapter methods: how one is attached, saved, loaded and switched off. Which there are: catalog/methods.py."""
 
+from affina.catalog.methods import METHODS, AdapterMethod, method_named
+from affina.models.adapters.attach import attach_adapter, has_adapter, settings_of
 from affina.models.adapters.identity import base_identity
-from affina.models.adapters.lora import adapter_disabled, attach_adapter, has_adapter
-from affina.models.adapters.methods import METHODS, AdapterMethod, method_named
 from affina.models.adapters.storage import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+from affina.models.adapters.switch import adapter_disabled
 from affina.models.adapters.targets import resolve_targets
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "read_adapter_info",
     "resolve_targets",
     "save_adapter",
+    "settings_of",
 ]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from affina.models.adapters.trained_weights import trained_weights_of
+from affina.models.compat import is_adapter_name
 from affina.models.structure import base_model_of, text_config
 from affina.models.weights import Int8Embedding, fingerprint_rows
 
@@ -52,20 +54,23 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def _weights_fingerprint(base: nn.Module) -> str:
     digest = hashlib.sha256()
+    trained = trained_weights_of(base)
+    original = trained.original if trained is not None else {}
     embedding = base.get_input_embeddings()  # type: ignore[operator]
     if isinstance(embedding, Int8Embedding):
         sample = embedding.fingerprint  # of the weight before it was quantised: it is the same base
     else:
         assert isinstance(embedding.weight, Tensor)
-        sample = fingerprint_rows(embedding.weight)
+        name_of = {id(parameter): name for name, parameter in base.named_parameters()}
+        sample = fingerprint_rows(original.get(name_of[id(embedding.weight)], embedding.weight))
     _update(digest, "embedding", sample)
     vectors = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in base.named_parameters()
-        if parameter.dim() == 1 and parameter.is_floating_point() and ".lora_" not in name
+        if parameter.dim() == 1 and parameter.is_floating_point() and not is_adapter_name(name)
     }
     for name in sorted(vectors):
-        _update(digest, name, vectors[name].detach())
+        _update(digest, name, original.get(name, vectors[name]).detach())
     return digest.hexdigest()
 
 

@@ -188,7 +188,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def attach_fast_engine(
-    model: PeftModel,
+    model: nn.Module,
     *,
     row_tokens: int,
     budget_bytes: int | None = None,
@@ -210,6 +210,7 @@ def attach_fast_engine(
     spec = decoder_of(model)
     if isinstance(spec, Unsupported):
         return spec
+    assert isinstance(model, PeftModel)
     base = base_model_of(model)
     of_attention = attention_difference(spec, base.dtype, base.device)
     if not of_attention <= ATTENTION_LIMIT:

@@ -8,8 +8,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from affina.catalog.methods import method_named
 from affina.kernels.dispatch import has_triton
-from affina.models.adapters.lora import ADAPTER_NAME
+from affina.models.adapters.attach import ADAPTER_NAME, settings_of
 from affina.models.families import DecoderSpec, Unsupported, read_decoder
 from affina.models.fast.parameters import LoraPair
 from affina.models.forward import isolation_of, verified_head
@@ -28,14 +29,15 @@ PROJECTIONS = (
 """The linear layers of a decoder layer, grouped by their common input."""
 
 
-def decoder_of(model: PeftModel) -> DecoderSpec | Unsupported:
+def decoder_of(model: nn.Module) -> DecoderSpec | Unsupported:
     """The decoder inside `model`, or the first reason why the fused decoder does not run it with this adapter."""
     base = base_model_of(model)
     spec = read_decoder(text_config(base))
     if isinstance(spec, Unsupported):
         return spec
     return (
-        _unsupported_device(base.device, base.dtype)
+        _unsupported_method(model)
+        or _unsupported_device(base.device, base.dtype)
         or _unsupported_isolation(model)
         or _unsupported_head(model)
         or _unsupported_adapter(model)
@@ -66,6 +68,13 @@ def layer_projections(layer: nn.Module) -> list[list[nn.Module]]:
     return [[layer.get_submodule(name) for name in group] for group in PROJECTIONS]
 
 
+def _unsupported_method(model: nn.Module) -> Unsupported | None:
+    method = method_named(settings_of(model).method)
+    if method.fast_engine and isinstance(model, PeftModel):
+        return None
+    return Unsupported(f"it computes plain LoRA, not {method.title}")
+
+
 def _unsupported_device(device: torch.device, dtype: torch.dtype) -> Unsupported | None:
     if device.type == "cpu":
         wanted = str(dtype).removeprefix("torch.")
@@ -81,12 +90,12 @@ def _unsupported_device(device: torch.device, dtype: torch.dtype) -> Unsupported
     return None if has_triton() else Unsupported("Triton is not installed (`pip install triton`)")
 
 
-def _unsupported_isolation(model: PeftModel) -> Unsupported | None:
+def _unsupported_isolation(model: nn.Module) -> Unsupported | None:
     isolation = isolation_of(model)
     return None if isolation.layout == "packed" else Unsupported(isolation.reason)
 
 
-def _unsupported_head(model: PeftModel) -> Unsupported | None:
+def _unsupported_head(model: nn.Module) -> Unsupported | None:
     head = verified_head(model)
     if head is None:
         return Unsupported("the head is not a plain linear layer")
@@ -95,7 +104,8 @@ def _unsupported_head(model: PeftModel) -> Unsupported | None:
     return None
 
 
-def _unsupported_adapter(model: PeftModel) -> Unsupported | None:
+def _unsupported_adapter(model: nn.Module) -> Unsupported | None:
+    assert isinstance(model, PeftModel)
     if list(model.peft_config) != [ADAPTER_NAME]:
         return Unsupported("more than one adapter is attached")
     known: set[int] = set()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from affina.models.compat import is_adapter_name
+
 
 class WeightFormat(Protocol):
     """One way to keep the weight of a frozen linear layer. Adapters know only this and `nn.Linear`."""
@@ -40,6 +42,5 @@ class WeightFormat(Protocol):
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer of the base model with its name, adapters' own matrices left out."""
     for name, module in model.named_modules():
-        inside_adapter = any(part.startswith("lora_") for part in name.split("."))
-        if isinstance(module, nn.Linear | Conv1D) and not inside_adapter:
+        if isinstance(module, nn.Linear | Conv1D) and not is_adapter_name(name):
             yield name, module

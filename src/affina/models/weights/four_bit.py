@@ -55,7 +55,7 @@ class FourBitLinear(QuantizedLinear):
         """The weight as the codec knows it; shares the layer's memory."""
         return FourBitTensor(
             self.TABLE,
-            self.weight.data,
+            self.codes.data,
             self.absmax,
             self.nested_absmax,
             self.nested_offset,
@@ -87,7 +87,7 @@ class FourBitLinear(QuantizedLinear):
             quantized = self.weight_from_files({"weight": state_dict[weight], **stored}, prefix.removesuffix("."))
             for name in self._BUFFERS:
                 value = getattr(quantized, name)
-                setattr(self, name, value.to(self.weight.device) if value is not None else None)
+                setattr(self, name, value.to(self.codes.device) if value is not None else None)
             self._dense_weight = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

@@ -124,6 +124,13 @@ class QuantizedLinear(nn.Linear):
         return cls(cls.weight_from_files(tensors, name).to(device), bias)
 
     @property
+    def codes(self) -> Tensor:
+        """The quantised weight's own tensor, also where `weight` shows something else (see `dense_view`)."""
+        codes = self._parameters["weight"]
+        assert codes is not None
+        return codes
+
+    @property
     @abstractmethod
     def quantized(self) -> QuantizedWeight:
         """The weight as its codec knows it; shares the layer's memory."""
@@ -172,10 +179,13 @@ class QuantizedLinear(nn.Linear):
         self._dense_weight = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = [getattr(self, name) for name in self.EXACT]
+        exact = [tensor for name in self.EXACT if (tensor := self._own_tensor(name)) is not None]
         super()._apply(keeping_types(fn, exact), recurse)  # type: ignore[no-untyped-call]
         self._dense_weight = None
         return self
+
+    def _own_tensor(self, name: str) -> Tensor | None:
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
 
 
 def keeping_types(fn: Callable[[Tensor], Tensor], exact: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -121,7 +121,7 @@ class RowScaledLinear(QuantizedLinear):
     @property
     def quantized(self) -> RowScaledWeight:
         """Codes and scales; shares the layer's memory."""
-        return RowScaledWeight(self.weight.data, self.scale, self.source_dtype)
+        return RowScaledWeight(self.codes.data, self.scale, self.source_dtype)
 
     @property
     def state_keys(self) -> tuple[str, ...]:

@@ -1,0 +1,204 @@
+"""The registry: complete, consistent, right about sizes, and light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from affina.catalog.adapter_settings import AdapterSettings
+from affina.catalog.decoder_shape import decoder_shape, shape_of_model
+from affina.catalog.method_table import method_reference, method_table
+from affina.catalog.methods import (
+    FIELDS,
+    METHODS,
+    UNVERIFIED,
+    MethodName,
+    PeftName,
+    method_named,
+    methods_that_train_on,
+)
+from affina.config.schema import AdapterConfig
+from affina.errors import ModelError
+
+QWEN = shape_of_model("Qwen/Qwen3-4B")
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
+        ("Qwen/Qwen3-4B-Instruct-2507", 4_022_468_096),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
+    ],
+)
+def test_parameters_of_known_models_are_those_that_their_authors_state(model, count):
+    assert shape_of_model(model).num_parameters == count
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "count"),
+    [
+        ("lora", {"rank": 1}, 2_064_384),
+        ("lora", {}, 33_030_144),
+        ("lora", {"targets": ("q_proj", "v_proj"), "rank": 8}, 2_949_120),
+        ("lora", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}, 11_796_480),
+        ("dora", {}, 34_136_064),
+        ("loha", {"rank": 16}, 66_060_288),
+        ("lokr", {"rank": 64}, 1_931_904),
+        ("vera", {}, 1_170_432),
+        ("ia3", {}, 423_936),
+        ("oft", {"block_size": 64}, 30_191_616),
+        ("prefix", {}, 1_474_560),
+        ("prefix", {"encoder_hidden_size": 2560}, 191_461_888),
+        ("prompt", {}, 51_200),
+        ("ptuning", {}, 725_760),
+        ("houlsby", {}, 23_781_888),
+        ("pfeiffer", {}, 11_890_944),
+        ("full", {}, 4_022_468_096),
+    ],
+)
+def test_parameters_on_qwen3_4b_are_those_that_peft_makes(method, changes, count):
+    # Counted on a meta model with PEFT 0.21.2, affina's own methods by hand.
+    entry = METHODS[method]
+    assert entry.num_parameters(QWEN, entry.settings(**changes)) == count
+
+
+def test_sixteen_ranks_of_lora_are_33_million_parameters_and_132_megabytes():
+    row = next(row for row in method_table("Qwen/Qwen3-4B").rows if row.method.name == "lora")
+    assert row.sizes is not None
+    assert (row.sizes.num_trainable, row.sizes.file_bytes) == (33_030_144, 132_120_576)
+    assert row.sizes.share == pytest.approx(0.0082, abs=1e-4)
+    assert row.sizes.training_bytes == 16 * 33_030_144
+
+
+def test_the_names_of_the_config_are_those_of_the_registry():
+    assert get_args(MethodName) == tuple(METHODS)
+    assert get_args(PeftName) == tuple(UNVERIFIED)
+
+
+def test_every_field_is_a_setting_of_the_config_and_of_some_method():
+    assert set(FIELDS) == set(AdapterConfig.model_fields) - {"method"}
+    used = {name for method in (*METHODS.values(), *UNVERIFIED.values()) for name in method.fields}
+    assert used == set(FIELDS)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_an_entry_is_complete_and_consistent(method):
+    assert set(method.fields) <= set(FIELDS)
+    assert set(method.defaults) <= set(method.fields)
+    assert method.trains_on <= {"dense", "nf4", "fp8", "int8"}
+    assert method.trains_on
+    assert all((method.title, method.paper, method.summary, method.source, method.cost))
+    assert isinstance(method.settings(), AdapterSettings)
+    assert method.num_parameters(QWEN, method.settings()) > 0
+    assert method.packs == (method.kind != "virtual tokens")
+    if method.fast_engine:
+        assert method.packs
+    # What a server reads as it is, is a LoRA file; what is mixed in one batch too: PEFT mixes nothing else rightly.
+    if method.vllm == "yes" or method.mixed_batch:
+        assert method.kind == "low-rank"
+
+
+def test_an_unknown_method_is_an_error_with_the_nearest_name():
+    with pytest.raises(ModelError) as caught:
+        method_named("adalorra")
+    assert caught.value.code == "adapter-method-unknown"
+    assert caught.value.fix == "did you mean adalora?"
+
+
+def test_the_methods_that_train_on_a_format_are_listed():
+    assert "pissa" not in methods_that_train_on("nf4")
+    assert methods_that_train_on("int8") == tuple(
+        n for n in METHODS if n not in ("pissa", "olora", "loftq", "full", "freeze")
+    )
+
+
+def test_a_model_that_is_not_known_is_an_error_that_lists_the_known_ones(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        shape_of_model("someone/something")
+    assert caught.value.code == "shape-unknown"
+    assert "Qwen/Qwen3-4B" in caught.value.fix
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ModelError, match="is a gpt2 model, whose layers are not known"):
+        shape_of_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        shape_of_model(str(tmp_path))
+
+
+def test_a_config_in_the_hubs_cache_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--mine" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    source = Path(shape_of_model.__code__.co_filename).parent / "assets" / "nano" / "config.json"
+    (folder / "config.json").write_text(source.read_text())
+    assert shape_of_model("me/mine") == shape_of_model("affina/nano")
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": "gpt2"}, {"model_type": "qwen3"}, {"model_type": "llama", "hidden_size": "x"}]
+)
+def test_a_config_that_does_not_say_its_sizes_has_no_shape(config):
+    assert decoder_shape(config) is None
+
+
+def test_the_reference_page_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "reference" / "methods.md"
+    assert page.read_text(encoding="utf-8") == method_reference(), (
+        "run `affina methods --markdown > docs/reference/methods.md`"
+    )
+
+
+def test_the_command_takes_less_than_a_second_and_no_torch():
+    code = (
+        "import sys; from affina.cli.main import run\n"
+        "status = run(['methods', '--model', 'Qwen/Qwen3-4B', '--json'])\n"
+        "assert status == 0\n"
+        "loaded = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "import time; print(time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Of one core, whatever else runs on the machine; about 0.4 s.
+    assert float(done.stderr.split()[-1]) < 1.0
+    table = json.loads(done.stdout)
+    assert (table["num_parameters"], len(table["methods"])) == (4_022_468_096, len(METHODS))
+    assert table["methods"][0]["sizes"]["num_trainable"] == 33_030_144
+
+
+def test_the_table_is_readable_in_a_terminal(capsys):
+    from affina.cli.main import run
+
+    assert run(["methods", "--model", "affina/nano"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "method",
+        "trained",
+        "share",
+        "file",
+        "memory",
+        "trains",
+        "on",
+        "merges",
+        "vLLM",
+        "fast",
+        "what",
+        "it",
+        "is",
+    ]
+    assert lines[1].split()[0] == "lora"
+    assert run(["methods", "--model", "nowhere"]) == 1
+    assert "shape-unknown" in capsys.readouterr().err
+    assert run(["methods", "--markdown", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["markdown"].startswith("# Adapter methods")
