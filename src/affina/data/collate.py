@@ -23,6 +23,9 @@ class Batch:
     lengths:        [S] differences of cu_seqlens as Python numbers, so that nobody waits for a GPU to know them
     num_tokens:     tokens that belong to samples, without padding
     num_supervised: labels that are not ignored
+    num_examples:   samples in the row; a preference pair is one, with two documents
+    supervised_lengths: [S] labels of each document that are not ignored
+    desirable:      of each sample, where they have it; else empty
     """
 
     input_ids: torch.Tensor
@@ -32,6 +35,9 @@ class Batch:
     lengths: tuple[int, ...]
     num_tokens: int
     num_supervised: int
+    num_examples: int
+    supervised_lengths: tuple[int, ...]
+    desirable: tuple[bool, ...] = ()
 
     @property
     def max_seqlen(self) -> int:
@@ -72,17 +78,21 @@ def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: 
     position_ids = np.empty(total, dtype=np.int64)
     starts = [0]
     for sample in samples:
-        start, stop = starts[-1], starts[-1] + len(sample)
-        input_ids[start:stop] = sample.input_ids
-        labels[start:stop] = sample.labels
-        labels[start] = IGNORED_LABEL
-        position_ids[start:stop] = np.arange(stop - start)
-        starts.append(stop)
+        first = starts[-1]
+        input_ids[first : first + len(sample)] = sample.input_ids
+        labels[first : first + len(sample)] = sample.labels
+        for length in sample.document_lengths:
+            start = starts[-1]
+            labels[start] = IGNORED_LABEL
+            position_ids[start : start + length] = np.arange(length)
+            starts.append(start + length)
     if used < total:
         position_ids[used:] = np.arange(total - used)
         starts.append(total)
     cu_seqlens = np.asarray(starts, dtype=np.int32)
     lengths = tuple(int(length) for length in np.diff(cu_seqlens))
+    is_supervised = labels != IGNORED_LABEL
+    supervised_lengths = tuple(int(count) for count in np.add.reduceat(is_supervised, starts[:-1], dtype=np.int64))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -90,5 +100,8 @@ def collate(samples: Sequence[Sample], *, num_tokens: int | None, pad_token_id: 
         cu_seqlens=torch.from_numpy(cu_seqlens),
         lengths=lengths,
         num_tokens=used,
-        num_supervised=int((labels != IGNORED_LABEL).sum()),
+        num_supervised=sum(supervised_lengths),
+        num_examples=len(samples),
+        supervised_lengths=supervised_lengths,
+        desirable=tuple(sample.desirable for sample in samples if sample.desirable is not None),
     )

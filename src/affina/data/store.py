@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from affina.data.samples import IGNORED_LABEL, Sample
 from affina.errors import DataError, Location
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_BATCH = 512
 
 _SCHEMA = pa.schema(
@@ -30,6 +30,8 @@ _SCHEMA = pa.schema(
         ("num_supervised", pa.int32()),
         ("origin", pa.string()),
         ("source", pa.int32()),
+        ("documents", pa.list_(pa.int32())),
+        ("desirable", pa.bool_()),
     ]
 )
 
@@ -80,6 +82,8 @@ class StoreWriter:
             pa.array([sample.num_supervised for sample in samples], type=pa.int32()),
             pa.array([origin for _, origin, _ in self._pending], type=pa.string()),
             pa.array([source for _, _, source in self._pending], type=pa.int32()),
+            pa.array([sample.documents for sample in samples], type=pa.list_(pa.int32())),
+            pa.array([sample.desirable for sample in samples], type=pa.bool_()),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._pending.clear()
@@ -138,7 +142,12 @@ class ArrowSampleStore:
         columns = self._batches[batch]
         ids = columns.column("input_ids")[row].values.to_numpy(zero_copy_only=True)
         trained = columns.column("trained")[row].values.to_numpy(zero_copy_only=False)
-        return Sample(ids, np.where(trained, ids, np.int32(IGNORED_LABEL)))
+        return Sample(
+            ids,
+            np.where(trained, ids, np.int32(IGNORED_LABEL)),
+            documents=tuple(columns.column("documents")[row].as_py()),
+            desirable=columns.column("desirable")[row].as_py(),
+        )
 
     def take(self, indices: Sequence[int]) -> list[Sample]:
         return [self[int(index)] for index in indices]

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from affina.catalog.context import context_tokens
+from affina.config.objectives import OBJECTIVES
 from affina.config.rules import longer_than_context
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
@@ -187,6 +188,18 @@ def count_parameters(model: torch.nn.Module) -> int:
 def _attach_engine(model: PeftModel, config: RunConfig, notes: list[str]) -> bool:
     """Attach the fast engine where the config wants it and it runs this model; whether it is attached."""
     if config.engine.path == "reference":
+        return False
+    objective = config.training.objective
+    if not OBJECTIVES[objective].runs_fast:
+        reason = f"training.objective {objective} needs more than the supervised cross-entropy"
+        if config.engine.path == "fast":
+            raise ModelError(
+                "engine-unsupported",
+                f"engine.path is fast, and the fused decoder does not compute training.objective {objective}",
+                why=reason,
+                fix="write `engine: auto`: it takes transformers' own forward here",
+            )
+        notes.append(f"engine: reference, because {reason}")
         return False
     memory = config.engine.memory
     attached = attach_fast_engine(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.errors import ModelError
-from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses, token_losses
 from affina.kernels.logits import finish_logits, head_product
 from affina.kernels.packed_attention import Documents
 from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
@@ -60,6 +60,13 @@ class Batch(Protocol):
     def num_supervised(self) -> int: ...
 
 
+class ScoredBatch(Batch, Protocol):
+    """A batch that knows how many tokens of each document are supervised: [S]."""
+
+    @property
+    def supervised_lengths(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Isolation:
     """How documents of one row are kept apart in a model, and why.
@@ -86,6 +93,41 @@ def supervised_loss(model: nn.Module, batch: Batch, *, layout: Layout | None = N
     selected = _selected_hidden(model, batch, layout)
     loss = _loss_of_hidden(model, selected.hidden, selected.targets)
     return loss, batch.num_supervised
+
+
+def document_log_probabilities(model: nn.Module, batch: ScoredBatch, *, layout: Layout | None = None) -> Tensor:
+    """[S] float32: Σ log p(supervised token | what is before it), of every document of the row; 0 where none is.
+
+    By the reference path, with gradients for whatever in `model` requires them. The logits of a chunk of tokens exist
+    at a time, never those of the row.
+    """
+    losses = supervised_losses(model, batch, layout=layout)
+    # Added up document by document and not by index, so that a GPU adds in the same order every time.
+    return -torch.stack([part.sum() for part in losses.split(batch.supervised_lengths)])
+
+
+def supervised_losses(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[N] float32: cross-entropy of each supervised token, in the order of the row, with gradients."""
+    selected = _selected_hidden(model, batch, layout)
+    head = verified_head(model)
+    if head is None:
+        with compute_context(model):
+            logits = _logits_by_module(base_model_of(model), selected.hidden)
+        return nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
+    return linear_token_losses(
+        selected.hidden,
+        head.weight,
+        selected.targets,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+    )
+
+
+def last_hidden_states(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[S, D] the body's output for the last token of every document of the row."""
+    ends = batch.cu_seqlens[1:].long() - 1
+    return hidden_states(model, batch, layout=layout).index_select(0, ends)
 
 
 @torch.no_grad()
