@@ -104,17 +104,17 @@ def print_train_result(console: Console, result: TrainResult) -> None:
         print_result(console, result.evaluation)
     console.print()
     console.print(f"adapter  {result.adapter}", soft_wrap=True)
-    commands = next_commands(result.run)
+    commands = next_commands(result.run, writes_replies=result.objective != "reward")
     console.print("\nnext", style="bold")
     width = max(len(command) for command, _ in commands)
     for command, purpose in commands:
         console.print(f"  {command:<{width}}   {purpose}", soft_wrap=True)
 
 
-def next_commands(run: Path) -> list[tuple[str, str]]:
+def next_commands(run: Path, *, writes_replies: bool = True) -> list[tuple[str, str]]:
     """What a person does after training, with the run's own path in it."""
-    return [
+    talking = [
         (f"affina chat {run}", "talk to it; /base asks the model it came from"),
         (f"affina merge {run} -o merged", "one plain model, verified against the adapter"),
-        ("affina runs", "all runs; two names compare them"),
     ]
+    return [*(talking if writes_replies else ()), ("affina runs", "all runs; two names compare them")]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Records = Literal["replies", "pairs", "labels", "texts"]
-"""What an objective learns from: conversations; chosen and rejected replies; replies with a label; plain text."""
+Records = Literal["replies", "pairs", "labels", "texts", "taught"]
+"""What an objective learns from: conversations; chosen and rejected replies; replies with a label; plain text;
+conversations with a teacher's log-probabilities."""
 
 
 SFT_LEARNING_RATE = 2e-4
@@ -43,7 +44,7 @@ OBJECTIVES: Mapping[str, ObjectiveFacts] = {
         "pairs",
         needs_reference=True,
         beta=0.1,
-        beta_source="Rafailov et al., arXiv:2305.18290, appendix B",
+        beta_source="Rafailov et al., arXiv:2305.18290",
         learning_rate=5e-6,
         rate_source="the QLoRA recipe of Zephyr (Tunstall et al., arXiv:2310.16944)",
     ),
@@ -51,7 +52,7 @@ OBJECTIVES: Mapping[str, ObjectiveFacts] = {
         "odds-ratio preference optimisation",
         "pairs",
         beta=0.1,
-        beta_source="λ of Hong et al., arXiv:2403.07691, section 6.1",
+        beta_source="λ of Hong et al., arXiv:2403.07691",
         learning_rate=8e-5,
         rate_source="ten times the 8e-6 of Hong et al. (arXiv:2403.07691), who train all weights",
     ),
@@ -60,7 +61,7 @@ OBJECTIVES: Mapping[str, ObjectiveFacts] = {
         "labels",
         needs_reference=True,
         beta=0.1,
-        beta_source="Ethayarajh et al., arXiv:2402.01306, section 4.3",
+        beta_source="Ethayarajh et al., arXiv:2402.01306",
         learning_rate=5e-6,
         rate_source="ten times the 5e-7 of Ethayarajh et al. (arXiv:2402.01306), who train all weights",
     ),
@@ -68,7 +69,7 @@ OBJECTIVES: Mapping[str, ObjectiveFacts] = {
         "simple preference optimisation",
         "pairs",
         beta=2.0,
-        beta_source="Meng et al., arXiv:2405.14734, table 8",
+        beta_source="Meng et al., arXiv:2405.14734",
         learning_rate=5e-6,
         rate_source="ten times the 5e-7 of Meng et al. (arXiv:2405.14734), who train all weights",
     ),

@@ -235,10 +235,10 @@ class PreferenceConfig(Section):
     margin: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="Of simpo: how far the chosen reply's reward shall be above the rejected one's."
     )
-    desirable_weight: Annotated[float, Field(ge=0.0)] = Field(
+    desirable_weight: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0, description="Of kto: weight of wanted replies. Raise it when they are few."
     )
-    undesirable_weight: Annotated[float, Field(ge=0.0)] = Field(
+    undesirable_weight: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0, description="Of kto: weight of unwanted replies. Raise it when they are few."
     )
 

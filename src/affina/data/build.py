@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from affina.config.objectives import OBJECTIVES
+from affina.config.objectives import OBJECTIVES, Records
 from affina.config.schema import ModelConfig, RunConfig, SourceConfig
 from affina.data.encoding import EncodeSettings
 from affina.data.formats import Columns
@@ -27,6 +27,14 @@ def source_spec(source: SourceConfig) -> SourceSpec:
     )
 
 
+def wanted_records(config: RunConfig) -> Records:
+    """What the config's objective learns from."""
+    training = config.training
+    if training.objective == "distill" and training.distillation.teacher is None:
+        return "taught"
+    return OBJECTIVES[training.objective].records
+
+
 def prepare_settings(config: RunConfig) -> PrepareSettings:
     """What of the config decides the prepared data."""
     data = config.data
@@ -46,7 +54,7 @@ def prepare_settings(config: RunConfig) -> PrepareSettings:
         deduplicate=data.deduplicate,
         mask_pii=data.mask_pii,
         seed=data.seed,
-        wanted=OBJECTIVES[config.training.objective].records,
+        wanted=wanted_records(config),
     )
 
 

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from affina.data.masking import Mask
 from affina.data.messages import Conversation
-from affina.data.pairs import fit_pairs, with_label
+from affina.data.pairs import fit_pairs, with_label, with_teacher
+from affina.data.preferences import TEACHER
 from affina.data.templates import ChatTemplate, EncodedSample, Thinking
 from affina.data.tokenizer import LoadedTokenizer
 from affina.data.truncation import Truncation, fit_record
@@ -73,6 +74,9 @@ class Encoder:
                 )
                 if conversation.desirable is not None:
                     fitted = with_label(fitted, is_desirable=conversation.desirable)
+                if TEACHER in conversation.metadata:
+                    size = len(self.template.tokenizer.hf)
+                    fitted = with_teacher(fitted, conversation, vocabulary_size=size)
         except DataError as error:
             return RecordSamples(error=error)
         # The text is for people who look at samples; to send it between processes would double the traffic.

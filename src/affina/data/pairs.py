@@ -1,4 +1,5 @@
-"""Preferences as samples: a chosen and a rejected text that are always in the same row, or a text with a label.
+"""Preferences as samples: a chosen and a rejected text that are always in the same row, or a text with a label or with
+a teacher's distributions.
 
 Both texts of a pair are rendered and masked by the chat template exactly as conversations are, so that what is compared
 is what serving would have written. A pair counts as one sample: `data.max_length` holds for both texts together.
@@ -9,8 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+
 from affina.data.messages import Conversation
-from affina.data.samples import join_documents
+from affina.data.preferences import TEACHER
+from affina.data.samples import TeacherTokens, join_documents
 from affina.data.templates import EncodedSample
 from affina.data.truncation import Encode, FittedSamples, Truncation, where_of
 from affina.errors import DataError
@@ -63,6 +67,37 @@ def with_label(fitted: FittedSamples, *, is_desirable: bool) -> FittedSamples:
     counts["desirable" if is_desirable else "undesirable"] += len(fitted.samples)
     samples = tuple(replace(entry, sample=replace(entry.sample, desirable=is_desirable)) for entry in fitted.samples)
     return FittedSamples(samples, counts)
+
+
+def with_teacher(fitted: FittedSamples, conversation: Conversation, *, vocabulary_size: int) -> FittedSamples:
+    """The sample of a record together with its teacher's distributions.
+
+    Raises DataError `teacher-length` when these are not one for each trained token, `teacher-vocabulary`.
+    """
+    entry = conversation.metadata[TEACHER]
+    teacher = TeacherTokens(np.array(entry["token_ids"], np.int32), np.array(entry["values"], np.float32))
+    samples = []
+    for encoded in fitted.samples:
+        num_trained = encoded.sample.num_supervised
+        if len(fitted.samples) > 1 or len(teacher.token_ids) != num_trained:
+            raise DataError(
+                "teacher-length",
+                f"the teacher speaks about {len(teacher.token_ids):,} tokens, and {num_trained:,} are trained",
+                why="they were made with another tokenizer, chat template, data.mask or data.thinking",
+                fix="make them again with these settings (recipes/teacher_log_probabilities.py), or name a teacher "
+                "model: training.distillation.teacher",
+                where=where_of(conversation.origin),
+            )
+        if (largest := int(teacher.token_ids.max())) >= vocabulary_size:
+            raise DataError(
+                "teacher-vocabulary",
+                f"the teacher's token {largest:,} is not in this vocabulary of {vocabulary_size:,}",
+                why="its probabilities are for other tokens",
+                fix="take a teacher with the same tokenizer",
+                where=where_of(conversation.origin),
+            )
+        samples.append(replace(encoded, sample=replace(encoded.sample, teacher=teacher)))
+    return FittedSamples(tuple(samples), fitted.counts)
 
 
 def _one_text(conversation: Conversation, encode: Encode) -> EncodedSample:

@@ -45,6 +45,12 @@ _REPLIES: Final = ("completion", "response", "output", "answer", "reply", "gener
 _REPLY_TEXTS: Final = ("text", "response", "content", "completion", "answer", "reply", "value")
 _YES: Final = frozenset({"true", "1", "yes", "desirable", "wanted", "good", "chosen", "thumbs_up"})
 _NO: Final = frozenset({"false", "0", "-1", "no", "undesirable", "unwanted", "bad", "rejected", "thumbs_down"})
+TEACHER: Final = "teacher"
+"""Column with a teacher's likeliest tokens, and key of `Conversation.metadata` that holds them."""
+
+_TEACHER_KEYS: Final = ("token_ids", "log_probabilities")
+_TEACHER_SHAPE: Final = '{"token_ids": [[…], …], "log_probabilities": [[…], …]}, one list for each trained token'
+
 _DIALOGUE: Final = re.compile(r"\n\n(Human|Assistant):")
 
 Chosen = Format | Literal["auto"]
@@ -66,8 +72,11 @@ def detect_records(
     Arguments and errors as of `detect_format`; DataError as well when the records are of another kind: `no-pairs`,
     `no-labels`, `text-wanted`, `preference-data`.
     """
-    if wanted == "replies":
-        return detect_format(records, format=format, columns=columns, where=where)
+    if wanted in ("replies", "taught"):
+        detected = detect_format(records, format=format, columns=columns, where=where)
+        if wanted == "taught" and not any(TEACHER in record for record in records):
+            raise _no_teacher(where)
+        return detected
     probe = Probe(records, columns or Columns(), where)
     probe.check_named_columns()
     if wanted == "texts":
@@ -204,6 +213,17 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, Mapping) and "text" in value and isinstance(value.get("replies"), list)
 
 
+def _no_teacher(where: Location | None) -> DataError:
+    return DataError(
+        "no-teacher",
+        f'training.objective distill has no teacher: no record has "{TEACHER}"',
+        why="it learns from a teacher's distributions: those of a model, or of the records",
+        fix="name a model with the same tokenizer: training.distillation.teacher; or write into each record "
+        f'"{TEACHER}": {_TEACHER_SHAPE}',
+        where=where,
+    )
+
+
 def _wrong_kind(probe: Probe, wanted: Records) -> DataError:
     label = next((name for name in probe.present(_LABELS) if _read_label(probe.first_value(name)) is not None), None)
     columns = ", ".join(probe.seen)
@@ -237,7 +257,8 @@ def to_conversations(
     raises: DataError at the record's location
     """
     if wanted not in ("pairs", "labels"):
-        return [to_conversation(record, detected, source=source)]
+        conversation = to_conversation(record, detected, source=source)
+        return [_with_teacher(conversation, record) if wanted == "taught" else conversation]
     convert = _PreferenceConverter(Converter(record, detected.columns))
     found = {
         "preference": convert.pair,
@@ -249,6 +270,28 @@ def to_conversations(
         found = [single for pair in found for single in _unpaired(pair)]
     group = convert.base.group()
     return [replace(entry, group=group, origin=str(record.location), source=source) for entry in found]
+
+
+def _with_teacher(conversation: Conversation, record: RawRecord) -> Conversation:
+    teacher = record.value.get(TEACHER)
+    ids, values = (teacher.get(key) if isinstance(teacher, Mapping) else None for key in _TEACHER_KEYS)
+    is_right = (
+        isinstance(ids, list)
+        and isinstance(values, list)
+        and len(ids) == len(values) > 0
+        and all(isinstance(row, list) and len(row) == len(ids[0]) > 0 for row in (*ids, *values))
+        and all(isinstance(i, int) and i >= 0 for row in ids for i in row)
+        and all(isinstance(v, int | float) and v <= 1e-4 for row in values for v in row)
+    )
+    if not is_right:
+        raise DataError(
+            "bad-teacher",
+            f'"{TEACHER}" is {shorten(teacher, limit=60)}',
+            why="for each trained token it has the same number of token ids and of natural log-probabilities (≤ 0)",
+            fix=f"write {_TEACHER_SHAPE}",
+            where=record.location,
+        )
+    return replace(conversation, metadata={**conversation.metadata, TEACHER: {"token_ids": ids, "values": values}})
 
 
 def _unpaired(pair: Conversation) -> Iterator[Conversation]:

@@ -14,6 +14,17 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTokens:
+    """What a teacher finds likely at each of the N supervised tokens of a sample.
+
+    token_ids: [N, K] int32     log_probabilities: [N, K] float32
+    """
+
+    token_ids: NDArray[np.int32]
+    log_probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One training example: a document, or a few that belong together and are always in the same row.
 
@@ -24,12 +35,14 @@ class Sample:
     documents: lengths of the documents inside, adding up to L: of a preference pair the chosen and the rejected text.
                () for one document
     desirable: whether the reply is wanted (KTO); None where nobody said
+    teacher:   a teacher's distributions (distillation from files)
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     documents: tuple[int, ...] = ()
     desirable: bool | None = None
+    teacher: TeacherTokens | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -110,7 +110,8 @@ def choose_tasks(
     order = _draw(len(store), len(store), settings.seed, is_sorted=False)
     room = None if context_tokens is None else max(context_tokens - settings.max_new_tokens, context_tokens // 2)
     return build_tasks(
-        store.select(order),
+        # A reply that is labelled unwanted is nothing to compare with.
+        (record for record in store.select(order) if record.desirable is not False),
         lambda messages, tools: data.template.prompt_ids(messages, tools, enable_thinking=data.enable_thinking),
         match=settings.match,
         max_tasks=settings.max_generations,

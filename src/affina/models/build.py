@@ -23,6 +23,7 @@ from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.forward import isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
+from affina.models.reward_head import SCORE_NAME, add_reward_head
 from affina.models.structure import text_config
 from affina.models.weights import (
     Fp8Options,
@@ -82,6 +83,9 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     Raises ModelError for a model that cannot be loaded and for adapter targets that match nothing.
     """
     base, device, notes = _load_base(config)
+    is_reward = config.training.objective == "reward"
+    if is_reward:
+        add_reward_head(base, seed=config.training.seed)
     model = attach_adapter(
         base,
         method=config.adapter.method,
@@ -90,6 +94,7 @@ def load_for_training(config: RunConfig) -> LoadedModel:
         dropout=config.adapter.dropout,
         targets=config.adapter.targets,
         seed=config.training.seed,
+        trained_modules=(SCORE_NAME,) if is_reward else (),
     )
     isolation = isolation_of(model)
     if config.data.packing and isolation.layout == "rows":
@@ -106,6 +111,8 @@ def load_for_inference(config: RunConfig, adapter: Path) -> LoadedModel:
     Raises ModelError when the adapter is damaged or belongs to another base.
     """
     base, device, notes = _load_base(config)
+    if config.training.objective == "reward":
+        add_reward_head(base, seed=config.training.seed)
     return _describe(load_adapter(base, adapter), base, config, device, notes)
 
 

@@ -153,7 +153,7 @@ def run_training(
             tokens_per_step=tokens_per_step,
         )
     )
-    objective = build_objective(config.training)
+    objective = build_objective(config, tokenizer, loaded)
     peak = PeakMemory(device)
     loss_scale = LossScale.for_precision(is_float16=loaded.compute_dtype is torch.float16)
     if checkpoint is not None and loss_scale.enabled:

@@ -66,7 +66,7 @@ def _message_text(message: Message) -> str:
 
 def conversation_hash(conversation: Conversation) -> str:
     """sha256 of everything in the conversation that training sees; where it came from does not matter."""
-    content = [conversation.text, conversation.tools, _turns_content(conversation.messages)]
+    content: list[Any] = [conversation.text, conversation.tools, _turns_content(conversation.messages)]
     if conversation.rejected:
         content.append([_turns_content(turns) for turns in conversation.rejected])
     if conversation.desirable is not None:

@@ -33,16 +33,22 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: str | Sequence[str] = "all-linear",
     seed: int = 0,
+    trained_modules: Sequence[str] = (),
 ) -> PeftModel:
     """`model` with a fresh trainable adapter: float32 parameters, B zero, so that nothing changes before the first
     step.
 
     The base is frozen. A is drawn from `seed` alone, on the CPU, so the same seed gives the same adapter on every
-    device, and the global random state is left as it was. Raises ModelError for an unknown method, a target that
+    device, and the global random state is left as it was.
+
+    trained_modules: names of modules of the model that are trained in full and saved with the adapter: a scalar head
+
+    Raises ModelError for an unknown method, a target that
     matches nothing, or a weight format on which the method does not train.
     """
     entry = method_named(method)
     names = resolve_targets(model, targets)
+    names = tuple(name for name in names if name not in trained_modules)
     layers = [model.get_submodule(name) for name in names]
     for name, layer in zip(names, layers, strict=True):
         weight_format = format_of(layer)
@@ -59,7 +65,9 @@ def attach_adapter(
         target_modules=_compact(model, names),
         use_rslora=entry.scales_by_root,
         bias="none",
-        task_type="CAUSAL_LM",
+        # With a scalar head the adapter is one of transformers' sequence classification models.
+        task_type="SEQ_CLS" if trained_modules else "CAUSAL_LM",
+        modules_to_save=list(trained_modules) or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
     )
     with torch.random.fork_rng(devices=[]), quiet_peft():
@@ -79,7 +87,7 @@ def prepare_for_training(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            assert ".lora_" in name, f"{name} is trainable but no adapter"
+            assert ".lora_" in name or ".modules_to_save." in name, f"{name} is trainable but no adapter"
     if model.get_base_model().dtype != torch.float32:
         for module in model.modules():
             if isinstance(module, LoraLayer):
