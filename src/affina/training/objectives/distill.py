@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,9 +107,9 @@ class DistillObjective:
             assert step is not None
             batches = own_replies(model, batches, self.on_policy, step=step)
         count = sum(batch.num_supervised for batch in batches)
-        return PreparedStep(batches, self._loss, count)
+        return PreparedStep(batches, partial(self._loss, is_own=is_own), count)
 
-    def _loss(self, model: nn.Module, batch: Any) -> LossSum:
+    def _loss(self, model: nn.Module, batch: Any, *, is_own: bool) -> LossSum:
         if self.teacher is None:
             ids, log_probabilities = batch.teacher_ids, batch.teacher_log_probabilities
             losses = supervised_row_losses(
@@ -125,7 +126,9 @@ class DistillObjective:
                 logits, teacher_logits(part), divergence=self.divergence, temperature=self.temperature
             ),
         )
-        return LossSum(losses.sum())
+        tokens = float(batch.num_supervised)
+        metrics = {"on_policy": (losses.new_tensor(tokens * is_own), tokens)} if self.on_policy is not None else {}
+        return LossSum(losses.sum(), metrics)
 
 
 def own_replies(model: nn.Module, batches: Sequence[Batch], settings: OnPolicy, *, step: int) -> list[Batch]:
