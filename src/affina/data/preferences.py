@@ -334,7 +334,7 @@ class _PreferenceConverter:
         """One conversation of the best text and all others, each behind the prompt that they share."""
         base = self.base
         whole = [base.with_system((*prompt, *text)) for text in texts]
-        if not whole[0] or whole[0][0].role == "assistant":
+        if not any(message.role == "user" for message in whole[0]):
             raise base.error(
                 "missing-prompt",
                 "the record has two replies and no prompt that they answer",
