@@ -340,7 +340,9 @@ def test_memory_that_runs_out_is_answered_with_settings_of_the_same_effective_ba
 ) -> None:
     config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=5)
     with monkeypatch.context() as patch:
-        patch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=4 * 2))  # four steps of two
+        patch.setattr(
+            "affina.training.objectives.build.sft_objective", FullDevice(num_batches=4 * 2)
+        )  # four steps of two
         with pytest.raises(TrainingError) as caught:
             affina.train(config)
     error = caught.value

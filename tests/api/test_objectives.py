@@ -1,4 +1,4 @@
-"""Every objective on a dense and an NF4 base: from a file to a saved adapter, loaded again, resumed to the same bits."""
+"""Every objective on a dense and an NF4 base: from a file to a saved adapter, loaded, resumed to the same bits."""
 
 from __future__ import annotations
 

@@ -276,8 +276,6 @@ class TrainingConfig(Section):
         "kto: from labels wanted and unwanted. cpt: raw text. reward: a score for replies. distill: a teacher's "
         "distributions.",
     )
-    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
-    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     epochs: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="Passes over the training data; 1 to 3 are usual."
     )
@@ -357,6 +355,8 @@ class TrainingConfig(Section):
     max_skipped_steps: NonNegativeInt = Field(
         default=10, description="Steps with NaN or infinite gradients are skipped; more than this many end the run."
     )
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
 
 
 class EvaluationConfig(Section):

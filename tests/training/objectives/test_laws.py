@@ -14,7 +14,7 @@ from torch import Tensor
 
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
-from affina.errors import TrainingError
+from affina.errors import ModelError, TrainingError
 from affina.models.adapters import attach_adapter
 from affina.models.forward import document_log_probabilities
 from affina.models.load import load_causal_lm
@@ -237,6 +237,16 @@ def test_a_score_is_read_at_the_last_token(model: PeftModel) -> None:
         ids = torch.from_numpy(document.input_ids).long().unsqueeze(0)
         hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
         assert float(found[index]) == pytest.approx(float(head(hidden)), rel=1e-4, abs=1e-5)
+
+
+def test_a_model_whose_body_cannot_be_told_gets_no_head(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    base = load_causal_lm(str(tiny_model_folder), dtype=torch.float32, device=torch.device("cpu"))
+    monkeypatch.setattr("affina.models.reward_head.body_of", lambda model: None)
+    with pytest.raises(ModelError, match="reward-head-unsupported") as caught:
+        add_reward_head(base, seed=0)
+    assert "training.objective: dpo" in str(caught.value.fix)
 
 
 # Distillation
