@@ -81,13 +81,16 @@ def objective_config(objective: str, model: Path, root: Path, **changes: Any) ->
         model,
         file,
         root,
-        training__max_steps=3,
-        training__evaluate_every_steps=3,
-        training__save_every_steps=2,
-        training__objective=objective,
-        output__name=objective,
-        data__max_length=128,
-        **({"data__truncation": "split" if objective == "cpt" else "drop"} | changes),
+        **{
+            "training__max_steps": 3,
+            "training__evaluate_every_steps": 3,
+            "training__save_every_steps": 2,
+            "training__objective": objective,
+            "output__name": objective,
+            "data__max_length": 128,
+            "data__truncation": "split" if objective == "cpt" else "drop",
+        }
+        | changes,
     )
     if objective == "distill":
         config["training"]["distillation"] = {"teacher": str(model), "on_policy": 0.5, "max_new_tokens": 4}
