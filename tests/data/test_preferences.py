@@ -19,7 +19,7 @@ from affina.data.encoding import Encoder, EncodeSettings
 from affina.data.formats import Columns, Format
 from affina.data.messages import Conversation, Message
 from affina.data.pii import count_pii, mask_conversation
-from affina.data.preferences import detect_records, to_conversations
+from affina.data.preferences import detect_records, to_conversations, unread_label
 from affina.data.prepare import PrepareSettings, prepare
 from affina.data.quality import conversation_hash
 from affina.data.records import RawRecord
@@ -276,6 +276,38 @@ def test_a_prompt_that_the_assistant_opens_is_context(tmp_path: Path) -> None:
         list(
             read_conversations([write(tmp_path / "s.jsonl", [{"messages": [reply("welcome"), user("q"), reply("a")]}])])
         )
+
+
+def test_supervised_training_on_labelled_replies_says_that_the_label_is_not_read(tmp_path: Path) -> None:
+    records = [{"prompt": f"q {n}", "completion": f"a {n}", "label": n % 3 != 0} for n in range(12)]
+    prepared = prepare(
+        [write(tmp_path / "k.jsonl", records)],
+        tokenizer=build_tokenizer("thinking"),
+        settings=settings_for("replies"),
+        cache_directory=tmp_path / "cache",
+    )
+    (finding,) = [finding for finding in prepared.report.findings if finding.code == "label-not-read"]
+    assert "all of them are trained" in finding.what
+    assert "training.objective: kto" in str(finding.fix)
+    wanted = [record | {"label": True} for record in records]
+    assert unread_label(wanted) is None
+    assert unread_label([{"label": "positive"}, {"label": "negative"}]) is None
+
+
+def test_several_replies_to_one_prompt_are_no_conflict_among_preferences(tmp_path: Path) -> None:
+    records = [{"prompt": "the same question for all", "completion": f"a {n}", "label": n % 2 == 0} for n in range(8)]
+    records += [{"prompt": f"q {n}", "completion": f"a {n}", "label": n % 2 == 0} for n in range(8)]
+    codes = {}
+    for kind in ("labels", "replies"):
+        prepared = prepare(
+            [write(tmp_path / "k.jsonl", records)],
+            tokenizer=build_tokenizer("thinking"),
+            settings=settings_for(kind),  # type: ignore[arg-type]
+            cache_directory=tmp_path / "cache",
+        )
+        codes[kind] = {finding.code for finding in prepared.report.findings}
+    assert "conflicting-answers" in codes["replies"]
+    assert "conflicting-answers" not in codes["labels"]
 
 
 # Everything that knows conversations knows the rejected ones

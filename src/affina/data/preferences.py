@@ -91,6 +91,15 @@ def detect_records(
     return with_unread(probe, found)
 
 
+def unread_label(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The column that says which replies are wanted, in records that are to be trained as they are."""
+    for name in ("label", "kto_tag", "kto_label", "desirable"):
+        values = [record[name] for record in records if name in record]
+        if values and all(isinstance(value, bool) for value in values) and False in values:
+            return name
+    return None
+
+
 def _as_text(probe: Probe, format: Chosen) -> DetectedFormat:
     if format == "text" or probe.columns.text or (probe.present(("text",)) and not probe.turn_columns()):
         return probe.as_text()

@@ -191,19 +191,25 @@ def _level(share: float) -> Level:
 
 
 def _reading_findings(report: DataReport) -> list[DataFinding]:
+    findings = [
+        DataFinding("warning", "label-not-read", problem["reason"], problem["fix"])
+        for problem in report.problems.get("listed", ())
+        if problem["code"] == "label-not-read"
+    ][:1]
     if not (skipped := report.num_records_skipped):
-        return []
+        return findings
     share = skipped / max(report.num_records_read, 1)
     counts = [entry for entry in report.problems.get("counts", ()) if entry["severity"] == "error"]
     reasons = ", ".join(f"{entry['count']:,} × {entry['code']}" for entry in counts)
     return [
+        *findings,
         DataFinding(
             _level(share),
             "records-skipped",
             f"{skipped:,} of {report.num_records_read:,} records ({share:.1%}) are faulty and are left out"
             + (f" ({reasons})" if reasons else ""),
             "`affina data` lists them with file and line",
-        )
+        ),
     ]
 
 
@@ -308,8 +314,8 @@ _LONGER = 1.5
 """Ratio of mean lengths from which a preference may be one for length alone (Singhal et al., arXiv:2310.03716)."""
 
 _UNBALANCED = 10
-"""Ratio of wanted to unwanted replies, either way, from which weights are worth setting: KTO's authors keep the weighted
-numbers about equal (arXiv:2402.01306)."""
+"""Ratio of wanted to unwanted replies, either way, from which weights are worth setting: KTO's authors keep the
+weighted numbers about equal (arXiv:2402.01306)."""
 
 
 def _preference_findings(report: DataReport) -> list[DataFinding]:
@@ -353,7 +359,9 @@ def _quality_findings(report: DataReport) -> list[DataFinding]:
                 "remove them from one side, or name columns.group so that related records stay together",
             )
         )
-    if conflicts := int(report.duplicates.get("num_conflicts", 0)):
+    # Several replies to one prompt are what preferences are made of.
+    conflicts = 0 if _is_whole(report.counts) else int(report.duplicates.get("num_conflicts", 0))
+    if conflicts:
         findings.append(
             DataFinding(
                 "warning",

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 from affina.config.objectives import Records
 from affina.data.formats import Columns, DetectedFormat, Format
 from affina.data.messages import Conversation, Message
-from affina.data.preferences import detect_records, to_conversations
+from affina.data.preferences import detect_records, to_conversations, unread_label
 from affina.data.records import RawRecord, RecordProblem
 from affina.data.sources import DEFAULT_MAX_RECORD_BYTES, Source, open_source
 from affina.errors import AffinaError, AffinaErrors, DataError, Location
@@ -414,6 +414,8 @@ class ConversationStream:
                 where=Location(name),
             )
             _add_once(summary.formats, f"{detected.format}: {detected.why}")
+            if self._wanted == "replies" and (label := unread_label([record.value for record in head])) is not None:
+                self._take_problem(_label_not_read(label, head[0].location), summary)
             for record in itertools.chain(head, group):
                 if spec.max_records is not None and summary.num_kept >= spec.max_records:
                     return
@@ -537,6 +539,16 @@ def read_conversations(
         cache_directory=cache_directory,
         streaming=streaming,
         wanted=wanted,
+    )
+
+
+def _label_not_read(label: str, location: Location) -> RecordProblem:
+    return RecordProblem(
+        "label-not-read",
+        location,
+        f'"{label}" says that some replies are not wanted, and all of them are trained',
+        "write training.objective: kto, or leave the unwanted ones out",
+        "warning",
     )
 
 
