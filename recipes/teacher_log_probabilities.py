@@ -17,10 +17,10 @@ import torch
 from affina.config import load_config
 from affina.data.build import source_spec, template_from_config, tokenizer_from_config
 from affina.data.collate import collate
+from affina.data.teacher import check_teacher
 from affina.data.validation import read_conversations
 from affina.models.forward import supervised_logits_reader
 from affina.models.load import load_causal_lm
-from affina.training.objectives.build import check_teacher
 
 
 def write_teacher_tokens(

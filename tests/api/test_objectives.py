@@ -16,7 +16,7 @@ from affina.cli.main import run as command_line
 from affina.config import load_mapping
 from affina.data.build import tokenizer_from_config
 from affina.data.collate import collate
-from affina.errors import AffinaError, DataError, ModelError, RunError
+from affina.errors import AffinaError, ConfigError, DataError, ModelError, RunError
 from affina.models.build import load_for_inference
 from affina.models.compat import quiet_peft
 from affina.models.forward import hidden_states
@@ -175,6 +175,17 @@ def test_continued_pre_training_runs_on_the_fast_engine_and_others_say_why_not(
     with pytest.raises(ModelError, match="engine-unsupported") as caught:
         affina.train(objective_config("dpo", tiny_model_folder, tmp_path, output__name="fast") | {"engine": "fast"})
     assert reason in str(caught.value.why)
+
+
+def test_runs_are_listed_with_their_objective_and_losses_of_two_objectives_do_not_compare(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for objective in ("orpo", "simpo"):
+        affina.train(objective_config(objective, tiny_model_folder, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert [run.method for run in affina.list_runs("runs")] == ["lora on nf4, orpo", "lora on nf4, simpo"]
+    assert command_line(["runs", "orpo", "simpo"]) == 0
+    assert "different objectives: their losses do not compare" in " ".join(capsys.readouterr().out.split())
 
 
 # Reward models
@@ -337,6 +348,10 @@ def test_a_teacher_with_other_tokens_is_refused(tiny_model_folder: Path, tmp_pat
     assert error.code == "teacher-tokenizer"
     assert "2 differ, for instance" in str(error.why)
     assert "training.objective: sft" in str(error.fix)
+    run = RunDirectory(tmp_path / "runs" / "distill")
+    assert not list(run.metrics())
+    config["training"]["distillation"] = {"teacher": str(tmp_path / "nowhere")}
+    assert fails(config, ConfigError).code == "path-missing"
 
 
 @pytest.mark.parametrize(

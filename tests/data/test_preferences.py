@@ -177,10 +177,10 @@ PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
             "pairs", "pair-prompts-differ", "part at message 3", "only replies may differ",
         ),
         ({"chosen": "a", "rejected": "b"}, "pairs", "missing-prompt", "no prompt", "columns: {prompt: …}"),
-        ({"messages": [user("q"), reply("a")]}, "pairs", "no-pairs", "learns from pairs", "training.objective: sft"),
+        ({"messages": [user("q"), reply("a")]}, "pairs", "no-pairs", "wants pairs", "training.objective: sft"),
         (
             {"messages": [user("q"), reply("a")], "label": True},
-            "pairs", "no-pairs", "learns from pairs", '"label" looks like a label of single replies',
+            "pairs", "no-pairs", "wants pairs", '"label" looks like a label of single replies',
         ),
         ({"prompt": "q", "completion": "a"}, "labels", "no-labels", "no column of prompt, completion", "sft"),
         ({"prompt": "q", "completion": "a", "label": "maybe"}, "labels", "bad-label", '"label" is', "write true"),
@@ -472,6 +472,19 @@ def test_pairs_stream_as_they_are_prepared(tmp_path: Path) -> None:
     opened = data.open()
     samples = [sample for _, found in (next(opened) for _ in range(6)) for sample in found]
     assert [len(sample.documents) for sample in samples] == [2] * 6
+
+
+def test_pairs_that_are_all_too_long_are_told_what_helps(tmp_path: Path) -> None:
+    records = [{"prompt": f"q {n}", "chosen": "good " * 300, "rejected": f"bad {n}"} for n in range(6)]
+    with pytest.raises(DataError, match="all-too-long") as caught:
+        prepare(
+            [write(tmp_path / "p.jsonl", records)],
+            tokenizer=build_tokenizer("thinking"),
+            settings=settings_for("pairs"),
+            cache_directory=tmp_path / "cache",
+        )
+    assert "pairs (chosen and rejected together)" in caught.value.what
+    assert caught.value.fix == "raise data.max_length"
 
 
 # Real data

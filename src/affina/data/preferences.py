@@ -246,7 +246,7 @@ def _wrong_kind(probe: Probe, wanted: Records) -> DataError:
         )
     return DataError(
         "no-pairs",
-        f"training.objective {names_with('pairs')} learns from pairs, and these records have {columns}",
+        f"training.objective: {names_with('pairs')} wants pairs, and these records have {columns}",
         why=f"pairs need {WANTED['preference']}; or {WANTED['ranking']}",
         fix=f'"{label}" looks like a label of single replies: write training.objective: kto'
         if label

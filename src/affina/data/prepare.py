@@ -459,11 +459,13 @@ class _ErrorCollector:
 
 def _nothing_left(counts: Counter[str], settings: PrepareSettings) -> DataError:
     if counts["dropped_too_long"] and not counts["dropped_without_labels"]:
+        is_whole = settings.wanted in ("pairs", "labels", "taught")
+        noun = "pairs (chosen and rejected together)" if settings.wanted == "pairs" else "samples"
         return DataError(
             "all-too-long",
-            f"all {counts['dropped_too_long']:,} samples are longer than data.max_length "
+            f"all {counts['dropped_too_long']:,} {noun} are longer than data.max_length "
             f"({settings.encode.max_length:,} tokens)",
-            fix="raise data.max_length, or set data.truncation: split",
+            fix="raise data.max_length" + ("" if is_whole else ", or set data.truncation: split"),
         )
     return DataError(
         "all-labels-masked",

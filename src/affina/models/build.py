@@ -72,6 +72,8 @@ def check_before_data(config: RunConfig) -> None:
         choose_precision(config.training.precision, device)
     model = config.model
     raw_config = check_causal_lm(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if config.training.objective == "distill" and config.training.distillation.teacher is not None:
+        check_causal_lm(config.training.distillation.teacher)
     context = context_tokens(raw_config)
     if context is not None and config.data.max_length > context:
         raise longer_than_context(config, context)

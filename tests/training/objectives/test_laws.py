@@ -112,6 +112,14 @@ def test_how_a_step_is_cut_into_rows_and_micro_batches_changes_nothing(
 
 
 @torch.no_grad()
+def test_documents_in_rows_of_their_own_have_the_log_probabilities_of_packed_ones(model: PeftModel) -> None:
+    batch = collate(make_pairs(), num_tokens=256, pad_token_id=0)
+    packed, rows = (document_log_probabilities(model, batch, layout=layout) for layout in ("packed", "rows"))
+    # float32, other attention kernels
+    torch.testing.assert_close(packed, rows, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_log_probability_of_a_document_is_that_of_the_models_own_logits(model: PeftModel) -> None:
     pairs = make_pairs()
     found = document_log_probabilities(model, collate(pairs, num_tokens=256, pad_token_id=0))

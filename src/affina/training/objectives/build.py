@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from affina.config.schema import RunConfig
-from affina.data.tokenizer import PROBE_TEXTS, LoadedTokenizer, load_tokenizer
-from affina.errors import ModelError
+from affina.data.tokenizer import LoadedTokenizer
 from affina.models.build import LoadedModel
 from affina.models.load import load_causal_lm
 from affina.training.objectives import Objective
@@ -16,7 +15,7 @@ from affina.training.objectives.sft import TokenObjective, sft_objective
 
 
 def build_objective(config: RunConfig, tokenizer: LoadedTokenizer, loaded: LoadedModel) -> Objective:
-    """What the config wants to be learnt. Raises ModelError for a teacher that does not fit."""
+    """What the config wants to be learnt."""
     name, preference = config.training.objective, config.training.preference
     if name == "sft" or name == "cpt":
         return TokenObjective(sft_objective)
@@ -44,7 +43,6 @@ def _distillation(config: RunConfig, tokenizer: LoadedTokenizer, loaded: LoadedM
     settings = config.training.distillation
     if settings.teacher is None:
         return DistillObjective()
-    check_teacher(settings.teacher, tokenizer)
     teacher = load_causal_lm(settings.teacher, dtype=loaded.compute_dtype, device=loaded.device)
     on_policy = OnPolicy(
         share=settings.on_policy,
@@ -58,30 +56,3 @@ def _distillation(config: RunConfig, tokenizer: LoadedTokenizer, loaded: LoadedM
         temperature=settings.temperature,
         on_policy=on_policy if settings.on_policy > 0 else None,
     )
-
-
-def check_teacher(teacher: str, tokenizer: LoadedTokenizer) -> None:
-    """Raises ModelError `teacher-tokenizer` when the teacher's tokens are not the student's."""
-    other = load_tokenizer(teacher)
-    mine, theirs = tokenizer.hf.get_vocab(), other.hf.get_vocab()
-    different = [text for text in mine if theirs.get(text) != mine[text]]
-    why = None
-    if different or len(theirs) != len(mine):
-        example = f", for instance {different[0]!r}" if different else ""
-        why = (
-            f"its vocabulary has {len(theirs):,} tokens, this model's {len(mine):,}; {len(different):,} differ{example}"
-        )
-    elif any(mine_ids != their_ids for mine_ids, their_ids in _segmentations(tokenizer, other)):
-        why = "the vocabularies agree, and the two cut the same text into different tokens"
-    if why is not None:
-        raise ModelError(
-            "teacher-tokenizer",
-            f"{teacher} cannot teach {tokenizer.name}: they have different tokens",
-            why=why,
-            fix="take a teacher of the same family; or let it write replies and train on those with "
-            "training.objective: sft",
-        )
-
-
-def _segmentations(first: LoadedTokenizer, second: LoadedTokenizer) -> list[tuple[list[int], list[int]]]:
-    return [(first.hf.encode(text), second.hf.encode(text)) for text in PROBE_TEXTS]
