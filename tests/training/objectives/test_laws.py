@@ -201,6 +201,32 @@ def test_the_reference_is_the_base_whatever_the_adapter_has_learnt(model: PeftMo
     assert not torch.allclose(found, document_log_probabilities(model, batch), atol=1e-2)
 
 
+def test_the_reference_of_a_row_is_computed_once(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from affina.training.objectives import scores
+
+    rows = []
+
+    def counted(model: torch.nn.Module, batch: Batch) -> Tensor:
+        rows.append(batch)
+        return reference_log_probabilities(model, batch)
+
+    monkeypatch.setattr(scores, "reference_log_probabilities", counted)
+    objective = PairObjective("dpo", beta=0.1)
+    pairs = make_pairs()
+    first = step_of(model, objective, batches_of([pairs[:2], pairs[2:]]))
+    again = step_of(model, objective, batches_of([pairs[2:], pairs[:2]]))
+    assert len(rows) == 2
+    # the two rows in another order: float32 addition of two gradients
+    assert again[0] == pytest.approx(first[0], rel=1e-6)
+    step_of(model, objective, batches_of([pairs[:3]]))
+    assert len(rows) == 3, "the same pairs in another row are another row"
+    unlabelled = [
+        Sample(p.input_ids, np.where(p.labels == p.labels.max(), -100, p.labels), p.documents) for p in pairs[:3]
+    ]
+    step_of(model, objective, batches_of([unlabelled]))
+    assert len(rows) == 4, "other tokens are compared"
+
+
 def test_a_model_without_adapter_has_no_reference(tiny_model_folder: Path) -> None:
     base = load_causal_lm(str(tiny_model_folder), dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(TrainingError, match="reference-missing") as caught:

@@ -15,7 +15,7 @@ To pair question i with reply i + 1 costs no more tokens than the step has, sinc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from affina.data.samples import IGNORED_LABEL, Sample
 from affina.models.forward import document_log_probabilities, evaluation_mode
 from affina.training.objectives import LossSum, PreparedStep
 from affina.training.objectives.documents import question_and_reply
-from affina.training.objectives.scores import reference_log_probabilities
+from affina.training.objectives.scores import ReferenceScores, reference_log_probabilities
 
 
 def kto_losses(
@@ -56,6 +56,7 @@ class KtoObjective:
     beta: float
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    reference: ReferenceScores = field(default_factory=ReferenceScores)
 
     def prepare(self, model: nn.Module, batches: Sequence[Any], *, step: int | None) -> PreparedStep:
         reference_point = estimate_reference_point(model, batches)
@@ -63,7 +64,7 @@ class KtoObjective:
         return PreparedStep(batches, partial(self._loss, reference_point=reference_point), count)
 
     def _loss(self, model: nn.Module, batch: Any, *, reference_point: Tensor) -> LossSum:
-        reference = reference_log_probabilities(model, batch)[: batch.num_examples]
+        reference = self.reference(model, batch)[: batch.num_examples]
         policy = document_log_probabilities(model, batch)[: batch.num_examples]
         log_ratios = policy - reference
         desirable = torch.tensor(batch.desirable, device=policy.device)

@@ -21,7 +21,7 @@ The losses are functions of [P] numbers, one for each pair; `PairObjective` gets
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from affina.training.objectives import LossSum, PreparedStep
-from affina.training.objectives.scores import PairScores, pair_scores, reference_pair_scores
+from affina.training.objectives.scores import PairScores, ReferenceScores, pair_scores
 
 PairKind = Literal["dpo", "ipo", "orpo", "simpo"]
 
@@ -102,13 +102,14 @@ class PairObjective:
     beta: float
     label_smoothing: float = 0.0
     margin: float = 0.0
+    reference: ReferenceScores = field(default_factory=ReferenceScores)
 
     def prepare(self, model: nn.Module, batches: Sequence[Any], *, step: int | None) -> PreparedStep:
         return PreparedStep(batches, self._loss, sum(batch.num_examples for batch in batches))
 
     def _loss(self, model: nn.Module, batch: Any) -> LossSum:
         # The reference first: its activations are gone before those of the policy are kept.
-        reference = reference_pair_scores(model, batch) if self.kind in ("dpo", "ipo") else None
+        reference = self.reference.pairs(model, batch) if self.kind in ("dpo", "ipo") else None
         policy = pair_scores(model, batch)
         found = self._losses(policy, reference)
         return LossSum(found.losses.sum(), pair_metrics(found, policy))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,30 @@ def pair_scores(model: nn.Module, batch: Batch) -> PairScores:
     return _as_pairs(document_log_probabilities(model, batch), batch)
 
 
-def reference_pair_scores(model: nn.Module, batch: Batch) -> PairScores:
-    """The reference's: the same model with its adapter switched off. No gradient, no dropout."""
-    return _as_pairs(reference_log_probabilities(model, batch), batch)
+class ReferenceScores:
+    """The reference's log-probabilities of documents, each row computed once.
+
+    The base is frozen, so a row that comes again has the same numbers: packed rows do in every epoch, validation rows
+    in every validation. Whole rows are remembered, because the same documents in another row round differently:
+    a resumed run, which remembers nothing, shall have the same bits. A row costs a few dozen bytes.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[S] float32, as `reference_log_probabilities`."""
+        digest = hashlib.sha256(repr(batch.lengths).encode())
+        for tensor in (batch.input_ids, batch.labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+        key = digest.digest()
+        if key not in self._known:
+            self._known[key] = reference_log_probabilities(model, batch)
+        return self._known[key]
+
+    def pairs(self, model: nn.Module, batch: Batch) -> PairScores:
+        """The reference's scores of the pairs in a row."""
+        return _as_pairs(self(model, batch), batch)
 
 
 @torch.no_grad()
