@@ -19,7 +19,8 @@ from affina.data.encoding import Encoder, EncodeSettings
 from affina.data.formats import Columns, Format
 from affina.data.messages import Conversation, Message
 from affina.data.pii import count_pii, mask_conversation
-from affina.data.preferences import detect_records, to_conversations, unread_label
+from affina.data.preference_formats import detect_records, unread_label
+from affina.data.preferences import to_conversations
 from affina.data.prepare import PrepareSettings, prepare
 from affina.data.quality import conversation_hash
 from affina.data.records import RawRecord

@@ -19,7 +19,7 @@ from typing import IO, Any
 from affina.data.masking import Mask
 from affina.data.messages import Conversation
 from affina.data.pairs import fit_pairs, with_label, with_teacher
-from affina.data.preferences import TEACHER
+from affina.data.preference_formats import TEACHER
 from affina.data.templates import ChatTemplate, EncodedSample, Thinking
 from affina.data.tokenizer import LoadedTokenizer
 from affina.data.truncation import Truncation, fit_record

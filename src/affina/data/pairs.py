@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from affina.data.messages import Conversation
-from affina.data.preferences import TEACHER
+from affina.data.preference_formats import TEACHER
 from affina.data.samples import TeacherTokens, join_documents
 from affina.data.templates import EncodedSample
 from affina.data.truncation import Encode, FittedSamples, Truncation, where_of

@@ -20,7 +20,8 @@ from typing import Any, Final, Literal
 from affina.config.objectives import Records
 from affina.data.formats import Columns, DetectedFormat, Format
 from affina.data.messages import Conversation, Message
-from affina.data.preferences import detect_records, to_conversations, unread_label
+from affina.data.preference_formats import detect_records, unread_label
+from affina.data.preferences import to_conversations
 from affina.data.records import RawRecord, RecordProblem
 from affina.data.sources import DEFAULT_MAX_RECORD_BYTES, Source, open_source
 from affina.errors import AffinaError, AffinaErrors, DataError, Location
