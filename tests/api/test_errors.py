@@ -21,12 +21,14 @@ from tests.api.test_train import adapter_weights, assert_same_result, losses, ma
 
 
 class FullDevice:
-    """The objective of a device whose memory ends after `num_batches` micro-batches."""
+    """The objective of a device whose memory ends after `num_batches` micro-batches of training."""
 
     def __init__(self, num_batches: int) -> None:
         self.num_left = num_batches
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if not torch.is_grad_enabled():
+            return sft_objective(model, batch)
         if not self.num_left:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. 1.12 GiB is free.\nSee the allocator's manual")
         self.num_left -= 1

@@ -1,9 +1,9 @@
 """Records in the formats that people have, turned into conversations.
 
-Five formats: `messages` (OpenAI, ChatML), `sharegpt`, `alpaca`, `prompt_completion`, `text`; those of preferences are in
-preference_formats.py. Which one a file has is found by looking at its first records and is always told with the reason;
-where it is not certain, that is an error which says what to write. Columns are mapped by name; dotted paths reach into
-objects (`prompt.replies.0.text`).
+Five formats: `messages` (OpenAI, ChatML), `sharegpt`, `alpaca`, `prompt_completion`, `text`; those of preferences are
+in preference_formats.py. Which one a file has is found by looking at its first records and is always told with the
+reason; where it is not certain, that is an error which says what to write. Columns are mapped by name; dotted paths
+reach into objects (`prompt.replies.0.text`).
 """
 
 from __future__ import annotations
