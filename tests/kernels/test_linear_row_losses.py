@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,3 +92,40 @@ def test_a_trained_head_gets_its_gradient_from_token_losses() -> None:
     (gradient,) = torch.autograd.grad(losses.sum(), weight)
     assert float(gradient.norm()) > 0
     torch.testing.assert_close(losses.detach(), token_losses(hidden.detach(), weight.detach(), targets))
+
+
+@dataclass(frozen=True)
+class Expandable:
+    """A head that is expanded a few rows at a time."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def rows_into(self, start: int, out: Tensor) -> Tensor:
+        return out.copy_(self.weight[start : start + out.shape[0]])
+
+
+@pytest.mark.parametrize("kind", ["rows", "tokens"])
+def test_a_head_that_is_expanded_tile_by_tile_gives_the_same_losses_and_gradients(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 8, generator=generator)
+    targets = torch.randint(0, 300, (9,), generator=generator)
+    results = []
+    for head in (weight, Expandable(weight)):
+        hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if kind == "rows":
+            losses = linear_row_losses(hidden, head, entropy, softcap=5.0, chunk_rows=4)
+        else:
+            losses = linear_token_losses(hidden, head, targets, softcap=5.0, chunk_rows=4)
+        (gradient,) = torch.autograd.grad((losses * torch.linspace(-1, 1, 9)).sum(), hidden)
+        results.append((losses.detach(), gradient))
+    assert results[0][0].shape == results[1][0].shape == (9,)
+    # float32 sums over 300 entries in another order
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -123,7 +123,7 @@ def linear_cross_entropy(
 
 def linear_token_losses(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -135,14 +135,15 @@ def linear_token_losses(
 
     Arguments as in `linear_cross_entropy`; no target may be -100.
     """
-    head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    head_is_trained = isinstance(weight, Tensor) and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if head_is_trained and torch.is_grad_enabled():
+        assert isinstance(weight, Tensor)
         return _plain_losses(hidden, weight, targets, bias, softcap, logit_scale)
     if not (hidden.requires_grad and torch.is_grad_enabled()):
         return token_losses(
             hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
         )
-    weight = weight.detach()
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
     bias = bias.detach() if bias is not None else None
     losses: Tensor = _FrozenHeadTokenLosses.apply(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
     return losses
@@ -203,7 +204,7 @@ def linear_cross_entropy_and_gradient(
 
 def _losses_and_gradient(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     targets: Tensor,
     bias: Tensor | None,
     softcap: float | None,
@@ -219,7 +220,7 @@ def _losses_and_gradient(
     if not isinstance(weight, Tensor):
         options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
         tiled_cross_entropy(hidden, weight, targets, losses=losses, gradient=gradient, chunk_rows=chunk_rows, **options)
-        return losses.sum(), gradient
+        return losses, gradient
     weight = weight.to(hidden.dtype)
     for part in _chunks(hidden, weight, chunk_rows):
         error = _error_of_chunk(hidden[part], weight, targets[part], losses[part], bias, softcap, logit_scale)
@@ -412,7 +413,7 @@ class _FrozenHeadTokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | ExpandableRows,
         targets: Tensor,
         bias: Tensor | None,
         softcap: float | None,

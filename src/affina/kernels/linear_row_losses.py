@@ -6,9 +6,9 @@ Legend: N rows (tokens), D model width, V vocabulary, C rows of one chunk.
 
     ℓ_n = f(softcap(s · (W h_n + b)), n)
 
-ℓ_n depends on h_n alone. So `∂ℓ_n/∂h_n` is made in the forward pass, chunk by chunk, by autograd over the chunk's
-logits, and the backward pass multiplies its rows by what arrives: the peak is a chunk's logits, a few times over for
-f's own intermediate results, plus the [N, D] gradient.
+ℓ_n depends on h_n alone. So `∂ℓ_n/∂h_n = ∂ℓ_n/∂(W h_n) · W` is made in the forward pass, chunk by chunk: autograd from
+the losses to the chunk's products with the head, and one product back. The backward pass multiplies the rows by what
+arrives. The peak is a chunk's logits, a few times over for f's own intermediate results, plus the [N, D] gradient.
 
 Cross-entropies have a kernel of their own (linear_cross_entropy.py), which needs no autograd. This is for divergences
 between whole distributions, where f reads another model's logits of the same rows.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from affina.kernels.linear_cross_entropy import default_chunk_rows
+from affina.kernels.logits import ExpandableRows, head_product, tile_rows, vocabulary_tiles
 
 RowLosses = Callable[[Tensor, slice], Tensor]
 """([C, V] float32 logits, which rows they are) → [C] float32 losses; differentiable in the logits."""
@@ -30,7 +31,7 @@ RowLosses = Callable[[Tensor, slice], Tensor]
 
 def linear_row_losses(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     row_losses: RowLosses,
     *,
     bias: Tensor | None = None,
@@ -43,25 +44,41 @@ def linear_row_losses(
     hidden: [N, D] bf16, fp16 or fp32     weight: [V, D], frozen     bias: [V] or None
     softcap, logit_scale: z = c · tanh(u / c) of u = s · (W h + b)
     """
-    assert not weight.requires_grad, "for a trained head the logits are needed again"
+    assert not (isinstance(weight, Tensor) and weight.requires_grad), "for a trained head the logits are needed again"
     losses: Tensor = _RowLosses.apply(hidden, weight, row_losses, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
     return losses
 
 
 def linear_logits(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | ExpandableRows,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """[C, V] float32 logits of a few rows, differentiable."""
-    logits = torch.mm(hidden, weight.to(hidden.dtype).t()).float()
-    if bias is not None:
-        logits = logits + bias.float()
-    logits = logits * logit_scale
+    """[C, V] float32 logits of a few rows; no gradient."""
+    return _finish(head_product(hidden, weight, dtype=torch.float32), bias, softcap, logit_scale)
+
+
+def _finish(products: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """Bias, scale and cap; differentiable."""
+    logits = products if bias is None else products + bias.float()
+    logits = logits if logit_scale == 1.0 else logits * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _times_head(error: Tensor, weight: Tensor | ExpandableRows, out: Tensor) -> None:
+    """`out` [C, D] = `error` [C, V] · W, in the type of `out`."""
+    error = error.to(out.dtype)
+    if isinstance(weight, Tensor):
+        torch.mm(error, weight.to(out.dtype), out=out)
+        return
+    buffer = out.new_empty(tile_rows(weight.shape, out.dtype.itemsize), weight.shape[1])
+    total = torch.zeros_like(out, dtype=torch.float32)
+    for tile in vocabulary_tiles(weight, buffer):
+        total += torch.mm(error[:, tile.start : tile.stop], tile.weight)
+    out.copy_(total)
 
 
 class _RowLosses(torch.autograd.Function):
@@ -69,7 +86,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | ExpandableRows,
         row_losses: RowLosses,
         bias: Tensor | None,
         softcap: float | None,
@@ -81,14 +98,16 @@ class _RowLosses(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], step):
             part = slice(start, min(start + step, hidden.shape[0]))
-            rows = hidden[part].detach()
-            with torch.set_grad_enabled(gradient is not None):
-                rows = rows.requires_grad_(gradient is not None)
-                logits = linear_logits(rows, weight.detach(), bias=bias, softcap=softcap, logit_scale=logit_scale)
-                found = row_losses(logits, part)
-                if gradient is not None:
-                    (gradient[part],) = torch.autograd.grad(found.sum(), rows)
+            products = head_product(hidden[part], weight, dtype=torch.float32)
+            if gradient is None:
+                losses[part] = row_losses(_finish(products, bias, softcap, logit_scale), part)
+                continue
+            with torch.enable_grad():
+                products.requires_grad_()
+                found = row_losses(_finish(products, bias, softcap, logit_scale), part)
+                (error,) = torch.autograd.grad(found.sum(), products)
             losses[part] = found.detach()
+            _times_head(error, weight, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

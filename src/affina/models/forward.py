@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 
 from affina.errors import ModelError
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses, token_losses
-from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses, token_losses
 from affina.kernels.linear_row_losses import RowLosses, linear_logits, linear_row_losses
 from affina.kernels.logits import finish_logits, head_product
 from affina.kernels.packed_attention import Documents
