@@ -62,7 +62,7 @@ from affina.models.weights import Fp8Options, Nf4Options, WeightFormatOptions, q
 from affina.training.callbacks import BaseCallback, Observers, StepMetrics  # noqa: E402
 from affina.training.loop import LoopSettings, train  # noqa: E402
 from affina.training.loss_scale import LossScale  # noqa: E402
-from affina.training.objectives.sft import sft_objective  # noqa: E402
+from affina.training.objectives.sft import TokenObjective, sft_objective  # noqa: E402
 from affina.training.optim import OptimizerOptions, build_optimizer  # noqa: E402
 from affina.training.schedule import Schedule  # noqa: E402
 from affina.training.source import PlannedBatches  # noqa: E402
@@ -271,7 +271,7 @@ def train_once(trainee: Trainee, source: PlannedBatches, *, seed: int, num_steps
         model,
         parameters,
         source,
-        sft_objective,
+        TokenObjective(sft_objective),
         build_optimizer(parameters, OptimizerOptions("adamw")),
         Schedule("cosine", peak=lr, num_steps=num_steps, warmup_steps=max(1, round(0.03 * num_steps))),
         settings=LoopSettings(num_steps=num_steps, seed=seed),

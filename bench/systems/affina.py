@@ -21,7 +21,7 @@ from affina.models.fast import attach_fast_engine
 from affina.models.weights import Fp8Options, Nf4Options, quantize_linears, quantize_vocabulary
 from affina.training.loop import accumulate, apply_gradients
 from affina.training.loss_scale import LossScale
-from affina.training.objectives.sft import sft_objective
+from affina.training.objectives.sft import TokenObjective, sft_objective
 from affina.training.optim import OptimizerOptions, build_optimizer
 from systems.common import (
     DEVICE,
@@ -131,11 +131,11 @@ def one_step(model: Any, optimizer: Any, batch: Batch, loss_scale: LossScale | N
             print(f"out of memory: layers keep {kept} from now on", flush=True)
         return kept is not None
 
-    loss = accumulate(
+    loss, _ = accumulate(
         model,
         [batch],
-        sft_objective,
-        num_supervised=batch.num_supervised,
+        TokenObjective(sft_objective),
+        step=0,
         loss_scale=scale,
         begin=lambda: None,
         make_room=make_room,

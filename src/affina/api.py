@@ -74,6 +74,7 @@ class TrainResult:
     seconds:           of training alone, without loading, validation and evaluation
     tokens_per_second: tokens of samples (no padding) per second of training
     evaluation:        base against tuned, None when it was switched off or there is no validation set
+    objective:         what was learnt: sft, dpo, …
     """
 
     run: Path
@@ -95,6 +96,7 @@ class TrainResult:
     num_parameters: int
     evaluation: EvaluationResult | None
     report: Path | None
+    objective: str = "sft"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `evaluation` has the shape of `affina eval --json`."""
@@ -190,6 +192,7 @@ def train(
             "config_hash": resolved.hash(),
             "model": settings.model.path,
             "method": settings.adapter.method,
+            "objective": settings.training.objective,
             "quantization": settings.quantization.method,
             **process_identity(),
         }
@@ -240,6 +243,7 @@ def train(
         num_parameters=outcome.num_parameters,
         evaluation=evaluation,
         report=run.evaluation / "report.html" if evaluation is not None else None,
+        objective=settings.training.objective,
     )
 
 
@@ -340,6 +344,7 @@ def evaluate(
 
     resolved = _run_config(directory)
     settings = resolved.config
+    _require_writer(directory, settings, "compared with its base by replies")
     changes = {"max_records": max_records, "max_generations": max_generations}
     given = {key: value for key, value in changes.items() if value is not None}
     if given:
@@ -358,6 +363,7 @@ def merge(run: RunLike, output: str | Path, *, dtype: str = "bfloat16") -> Merge
     from affina.export.build import merge_run
 
     resolved = _run_config(directory)
+    _require_writer(directory, resolved.config, "merged into a language model")
     with _placed_errors(resolved):
         _check_template(directory, template_from_config(resolved.config).contract())
         return merge_run(directory, resolved.config, Path(output), dtype=dtype)
@@ -508,6 +514,7 @@ def open_chat(run: RunLike) -> ChatSession:
 
     resolved = _run_config(directory)
     settings = resolved.config
+    _require_writer(directory, settings, "asked to chat")
     with _placed_errors(resolved):
         tokenizer = tokenizer_from_config(settings.model)
         template = template_from_config(settings, tokenizer)
@@ -625,6 +632,19 @@ def _finished_run(run: RunLike) -> RunDirectory:
             fix=_way_to_an_adapter(directory, status),
         )
     return directory
+
+
+def _require_writer(run: RunDirectory, settings: RunConfig, what: str) -> None:
+    """Refuse a reward run where replies are wanted."""
+    if settings.training.objective != "reward":
+        return
+    raise RunError(
+        "reward-run",
+        f"{run.path} is a reward model: it cannot be {what}",
+        why="it gives a conversation a score, and writes nothing",
+        fix=f"score with it: PEFT loads {run.adapter} onto transformers' AutoModelForSequenceClassification "
+        "(docs/guides/preferences.md)",
+    )
 
 
 def _way_to_an_adapter(run: RunDirectory, status: str) -> str:

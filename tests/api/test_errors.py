@@ -21,12 +21,14 @@ from tests.api.test_train import adapter_weights, assert_same_result, losses, ma
 
 
 class FullDevice:
-    """The objective of a device whose memory ends after `num_batches` micro-batches."""
+    """The objective of a device whose memory ends after `num_batches` micro-batches of training."""
 
     def __init__(self, num_batches: int) -> None:
         self.num_left = num_batches
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if not torch.is_grad_enabled():
+            return sft_objective(model, batch)
         if not self.num_left:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. 1.12 GiB is free.\nSee the allocator's manual")
         self.num_left -= 1
@@ -340,7 +342,9 @@ def test_memory_that_runs_out_is_answered_with_settings_of_the_same_effective_ba
 ) -> None:
     config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=5)
     with monkeypatch.context() as patch:
-        patch.setattr("affina.training.run.sft_objective", FullDevice(num_batches=4 * 2))  # four steps of two
+        patch.setattr(
+            "affina.training.objectives.build.sft_objective", FullDevice(num_batches=4 * 2)
+        )  # four steps of two
         with pytest.raises(TrainingError) as caught:
             affina.train(config)
     error = caught.value
@@ -383,7 +387,7 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
         training__gradient_checkpointing=False,
         quantization__method="none",
     )
-    monkeypatch.setattr("affina.training.run.sft_objective", FullDevice(num_batches=0))
+    monkeypatch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=0))
     with pytest.raises(TrainingError, match="out-of-memory") as caught:
         affina.train(config)
     for advice in ("micro_batch_size: 1", "gradient_checkpointing: true", "method: nf4", "max_length: 32"):

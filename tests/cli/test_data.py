@@ -58,3 +58,43 @@ def test_a_bad_record_is_an_error_with_its_line(config: Path, capsys: pytest.Cap
     data.write_text(data.read_text() + '{"messages": [{"role": "user", "content": "q"}]}\n')
     assert main.run(["data", str(config)]) == 1
     assert "chat.jsonl:9" in capsys.readouterr().err
+
+
+def test_pairs_are_counted_and_shown_as_chosen_and_rejected(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": f"q{n}", "chosen": f"good{n}", "rejected": f"bad{n}"} for n in range(8)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["data", str(config), "--set", "training.objective=dpo", "--set", "data.max_length=128"]
+    assert main.run([*arguments, "--show", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "preference" in text
+    assert "6; a chosen reply has" in text
+    assert text.index("\nchosen\n") < text.index("⟦good") < text.index("\nrejected\n") < text.index("⟦bad")
+    assert main.run([*arguments, "--json", "--show", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"]["pairs"] == 6
+    assert len(report["samples"][0]["documents"]) == 2
+
+
+def test_labels_are_counted_and_shown(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 2 == 0} for n in range(8)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main.run(["data", str(config), "--set", "training.objective=kto", "--show", "6"]) == 0
+    text = capsys.readouterr().out
+    assert "wanted and" in text
+    assert "the reply is wanted" in text
+    assert "the reply is unwanted" in text
+
+
+def test_pairs_that_are_too_long_are_not_told_to_be_split(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": f"q{n}", "chosen": "good " * (1 + 300 * (n % 2)), "rejected": f"bad{n}"} for n in range(12)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["data", str(config), "--set", "training.objective=dpo", "--set", "data.max_length=100"]
+    assert main.run(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "error[too-long-dropped]" in text
+    assert "fix: raise data.max_length" in text
+    assert "data.truncation: split" not in text

@@ -114,3 +114,32 @@ def test_a_sparkline_falls_with_its_values_and_keeps_to_its_width() -> None:
     assert len(sparkline([float(value) for value in range(1000)], 40)) == 40
     assert sparkline([], 10) == ""
     assert sparkline([1.0, 1.0], 10, blocks="12") == "11"
+
+
+REWARDS = {"reward_margin": 0.5, "reward_accuracy": 0.75, "reward_chosen": 0.2, "reward_rejected": -0.3, "x": 1.0}
+
+
+def test_plain_lines_tell_margin_and_order_of_preferences() -> None:
+    console = text_console()
+    view = PlainLines(console, seconds_between=0.0)
+    view.on_start(FACTS)
+    view.on_step(replace(STEP, objective=REWARDS))
+    view.on_validation(ValidationMetrics(11, 0.1, 0.5, False, {"reward_margin": 1.25, "reward_accuracy": 1.0}))
+    assert printed(console).splitlines()[2:] == [
+        "step 1/40  loss 2.5000  margin 0.500  in order 75%  lr 1.00e-03  3,456 tokens/s  1.00 GiB",
+        "step 11  validation loss 0.5000  margin 1.250  in order 100%",
+    ]
+
+
+def test_the_live_view_shows_every_measure_of_the_objective() -> None:
+    console = text_console(terminal=True)
+    view = LiveView(console)
+    view.facts = FACTS
+    view.on_step(replace(STEP, objective=REWARDS))
+    console.print(view.render())
+    text = printed(console)
+    for shown in ("margin 0.500", "in order 75%", "chosen 0.200", "rejected -0.300"):
+        assert shown in text
+    view.on_step(STEP)
+    console.print(view.render())
+    assert "margin" not in printed(console)[len(text) :]

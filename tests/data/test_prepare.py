@@ -411,7 +411,7 @@ def test_the_config_becomes_plain_arguments() -> None:
         ),
         training=TrainingConfig(seed=9),
     )
-    settings = prepare_settings(config.data)
+    settings = prepare_settings(config)
     assert settings.encode == EncodeSettings(max_length=77, thinking="strip")
     assert (settings.weights, settings.seed) == ((2.0, None), 5)
     assert source_spec(config.data.train[0]).columns.prompt == "q"

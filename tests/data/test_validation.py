@@ -401,7 +401,8 @@ def test_stopping_early_closes_the_file(tmp_path: Path) -> None:
 def test_every_code_of_a_data_problem_is_documented() -> None:
     package = Path(validation.__file__).parent
     modules = ["decompress", "json_records", "tables", "sources", "formats", "validation", "mixing", "splits"]
-    code = re.compile(r'(?:Error|Problem|_problem|self\.error)\(\s*"([a-z0-9-]+)"')
+    modules += ["preferences", "preference_formats"]
+    code = re.compile(r'(?:Error|Problem|_problem|\.error)\(\s*"([a-z0-9-]+)"')
     used = {found for name in modules for found in code.findall((package / f"{name}.py").read_text(encoding="utf-8"))}
     page = Path(__file__).parents[2] / "docs" / "reference" / "errors-data.md"
     documented = set(re.findall(r"^\| `([a-z0-9-]+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE))

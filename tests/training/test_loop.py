@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from affina.errors import TrainingError
 from affina.training.callbacks import BaseCallback, Observers, StepMetrics, ValidationMetrics
-from affina.training.loop import LoopSettings, clip_gradients, seed_step, train
+from affina.training.loop import LoopSettings, Validation, clip_gradients, seed_step, train
 from affina.training.loss_scale import LossScale
+from affina.training.objectives.sft import TokenObjective
 from affina.training.schedule import Schedule
 from affina.training.state import TrainState
 
@@ -91,7 +92,7 @@ class Toy:
         self.recorder = Recorder()
         self.saved: list[TrainState] = []
         self.objective: Callable[[nn.Module, Any], tuple[Tensor, int]] = squared_error
-        self.validate: Callable[[], float] | None = None
+        self.validate: Callable[[], Validation] | None = None
         self.stop_requested: Callable[[], bool] = lambda: False
         self.loss_scale = LossScale.for_precision(is_float16=False)
 
@@ -106,7 +107,7 @@ class Toy:
             self.model,
             list(self.model.parameters()),
             self.source,
-            self.objective,
+            TokenObjective(self.objective),
             self.optimizer,
             Schedule("cosine", peak=0.05, num_steps=num_steps, warmup_steps=2),
             settings=LoopSettings(num_steps=num_steps, **options),
@@ -272,7 +273,7 @@ def test_the_scale_grows_after_many_good_steps() -> None:
 def test_the_best_validation_is_remembered_and_saved() -> None:
     toy = Toy()
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    toy.validate = lambda: next(losses)
+    toy.validate = lambda: Validation(next(losses))
     state = toy.run(10, evaluate_every_steps=2, save_best=True)
     assert (state.best_validation_loss, state.best_step) == (1.0, 4)
     assert [entry.is_best for entry in toy.recorder.validations] == [True, True, False, False, False]
@@ -282,7 +283,7 @@ def test_the_best_validation_is_remembered_and_saved() -> None:
 def test_early_stopping_saves_and_says_why() -> None:
     toy = Toy()
     losses = iter([1.0, 2.0, 3.0, 4.0])
-    toy.validate = lambda: next(losses)
+    toy.validate = lambda: Validation(next(losses))
     state = toy.run(100, evaluate_every_steps=5, early_stopping_patience=2)
     assert (state.stop_reason, state.step) == ("early-stopping", 15)
     assert toy.saved[-1].step == 15

@@ -14,7 +14,7 @@ import pytest
 
 from affina.errors import TrainingError
 from affina.training.callbacks import RunFacts, StepMetrics, ValidationMetrics
-from affina.training.trackers import build_tracker
+from affina.training.trackers import _ScalarTracker, build_tracker
 
 FACTS = RunFacts("support", "runs/support", "affina/nano", "cpu", "fp32", 10, 100, 5, 0, 50, 512.0)
 STEP = StepMetrics(3, 0.5, 1.25, 1e-3, 0.7, 1000.0, 4096, 512, 2.5, 10_000)
@@ -98,3 +98,18 @@ def test_client_libraries_get_names_values_and_steps(
     assert logged[0][0]["train/loss"] == 1.25
     assert logged[1] == ({"validation/loss": 1.5}, 3)
     assert fake.calls[-1][0] == end_call
+
+
+def test_what_an_objective_measures_is_logged_beside_the_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logged: dict[str, float] = {}
+
+    class Recorder(_ScalarTracker):
+        def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+            logged.update(scalars)
+
+    tracker = Recorder()
+    tracker.on_step(replace(STEP, objective={"reward_margin": 0.5}))
+    tracker.on_validation(replace(VALIDATION, objective={"reward_margin": 0.25}))
+    assert logged["train/reward_margin"] == 0.5
+    assert logged["validation/reward_margin"] == 0.25
+    assert logged["validation/loss"] == 1.5

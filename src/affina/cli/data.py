@@ -15,6 +15,7 @@ from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOpti
 if TYPE_CHECKING:
     from affina.data.prepare import PreparedData
     from affina.data.report import DataReport
+    from affina.data.samples import Sample
 
 ShowOption = Annotated[
     int, typer.Option("--show", min=0, metavar="N", help="Print N samples token by token; what is trained is marked.")
@@ -128,6 +129,7 @@ def _print_facts(report: DataReport, console: Console) -> None:
 
 def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
     counts = report.counts
+    yield from _preferences(counts)
     replies, ends = counts.get("trained_replies", 0), counts.get("ends_of_turn", 0)
     if replies:
         end = " or ".join(report.template["end_of_turn"])
@@ -156,6 +158,17 @@ def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
     if report.leakage:
         yield "leakage", _listed(report.leakage["counts"], "validation records that resemble training records")
     yield "personal data", _listed(report.pii, "finds")
+
+
+def _preferences(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    if pairs := counts.get("pairs", 0):
+        chosen, rejected = (counts[f"{side}_tokens"] / pairs for side in ("chosen", "rejected"))
+        yield "pairs", f"{pairs:,}; a chosen reply has {chosen:,.0f} tokens, a rejected one {rejected:,.0f} (mean)"
+    if labelled := counts.get("desirable", 0) + counts.get("undesirable", 0):
+        yield (
+            "labels",
+            f"{counts.get('desirable', 0):,} wanted and {counts.get('undesirable', 0):,} unwanted of {labelled:,}",
+        )
 
 
 def _truncation(policy: str, counts: Mapping[str, int]) -> str:
@@ -188,14 +201,28 @@ def _spread(num_samples: int, wanted: int) -> list[int]:
 
 def print_sample(prepared: PreparedData, index: int, console: Console) -> None:
     """One sample: trained tokens green, others grey; without colour, trained text stands in ⟦ ⟧."""
-    from affina.data.show import to_plain, view_tokens
-
     sample, hf = prepared.train[index], prepared.template.tokenizer.hf
     heading = (
         f"sample {index:,} ({prepared.train.origin(index)}): {len(sample):,} tokens, {sample.num_supervised:,} trained"
     )
     console.print()
     console.print(Text(heading, style="bold"), soft_wrap=True)
+    if sample.desirable is not None:
+        console.print(f"the reply is {'wanted' if sample.desirable else 'unwanted'}", style="bold")
+    documents = sample.split()
+    for name, document in zip(_document_names(len(documents)), documents, strict=True):
+        if name:
+            console.print(Text(name, style="bold"))
+        _print_document(document, hf, console)
+
+
+def _document_names(num_documents: int) -> tuple[str, ...]:
+    return ("chosen", "rejected") if num_documents == 2 else ("",) * num_documents
+
+
+def _print_document(sample: Sample, hf: Any, console: Console) -> None:
+    from affina.data.show import to_plain, view_tokens
+
     if not console.is_terminal or console.no_color or console.color_system is None:
         console.print(Text(to_plain(sample, hf)), soft_wrap=True)
         return
@@ -216,6 +243,8 @@ def _sample_to_dict(prepared: PreparedData, index: int) -> dict[str, Any]:
         "origin": prepared.train.origin(index),
         "num_tokens": len(sample),
         "num_supervised": sample.num_supervised,
+        "documents": list(sample.document_lengths),
+        "desirable": sample.desirable,
         "tokens": [
             {"ids": list(view.ids), "text": view.text, "trained": view.is_trained}
             for view in view_tokens(sample, prepared.template.tokenizer.hf)

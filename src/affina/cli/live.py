@@ -22,6 +22,28 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=*#"
 
 
+_MEASURES = {
+    "reward_margin": "margin",
+    "reward_accuracy": "in order",
+    "reward_chosen": "chosen",
+    "reward_rejected": "rejected",
+    "reward_desirable": "wanted",
+    "reward_undesirable": "unwanted",
+    "kl_estimate": "KL",
+    "chosen_nll": "chosen NLL",
+}
+"""What is shown of an objective's own metrics, and how it is called on a line."""
+
+
+def measures(metrics: StepMetrics | ValidationMetrics) -> list[tuple[str, str]]:
+    """(name, value) of an objective's metrics that are worth a place on the screen; empty for supervised training."""
+    return [
+        (name, f"{value:.0%}" if key == "reward_accuracy" else f"{value:.3f}")
+        for key, name in _MEASURES.items()
+        if (value := metrics.objective.get(key)) is not None
+    ]
+
+
 def sparkline(values: list[float], width: int, *, blocks: str = _BLOCKS) -> str:
     """The course of `values` in one line of at most `width` characters; each is the mean of its stretch."""
     if not values:
@@ -103,7 +125,7 @@ class PlainLines(_Progress):
         self._printed = time.monotonic()
         left = self.seconds_left()
         self._print(
-            f"step {metrics.step}/{self.facts.num_steps}  loss {metrics.loss:.4f}  "
+            f"step {metrics.step}/{self.facts.num_steps}  loss {metrics.loss:.4f}  {_listed(metrics)}"
             f"lr {metrics.learning_rate:.2e}  {metrics.tokens_per_second:,.0f} tokens/s  "
             f"{format_bytes(metrics.memory_bytes)}" + (f"  {format_seconds(left)} left" if left and not is_last else "")
         )
@@ -111,11 +133,18 @@ class PlainLines(_Progress):
     def on_validation(self, metrics: ValidationMetrics) -> None:
         super().on_validation(metrics)
         best = "  (best so far)" if metrics.is_best else ""
-        self._print(f"step {metrics.step}  validation loss {metrics.validation_loss:.4f}{best}")
+        self._print(
+            f"step {metrics.step}  validation loss {metrics.validation_loss:.4f}  {_listed(metrics)}".rstrip() + best
+        )
 
     def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
         if kind not in _QUIET_EVENTS:
             self._print(f"{kind}: {message}")
+
+
+def _listed(metrics: StepMetrics | ValidationMetrics) -> str:
+    """The first two measures, with the spaces that follow; "" where there are none."""
+    return "".join(f"{name} {value}  " for name, value in measures(metrics)[:2])
 
 
 def start_lines(facts: RunFacts) -> list[str]:
@@ -195,6 +224,9 @@ class LiveView(_Progress):
             self._number("memory", format_bytes(self.last.memory_bytes)),
             self._number("time", format_seconds(self.last.seconds)),
         )
+        shown = measures(self.last)
+        for start in range(0, len(shown), 3):
+            numbers.add_row(*(self._number(name, value) for name, value in shown[start : start + 3]))
         curve = Text(sparkline(self.losses, width - 6, blocks=blocks), style="cyan")
         parts: list[RenderableType] = [Text(""), bar, numbers, Text.assemble(("loss  ", "dim"), curve)]
         parts += [Text(message, style="yellow") for message in self._messages]

@@ -100,6 +100,8 @@ def print_comparison(console: Console, comparison: RunComparison) -> None:
         console.print(settings)
     else:
         console.print("all settings are equal")
+    if "training.objective" in comparison.settings:
+        console.print("the runs have different objectives: their losses do not compare", style="yellow")
     if not comparison.same_data:
         console.print("the runs saw different data: their losses and accuracies do not compare", style="yellow")
     console.print()

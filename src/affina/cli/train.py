@@ -105,16 +105,22 @@ def print_train_result(console: Console, result: TrainResult) -> None:
         print_result(console, result.evaluation)
     console.print()
     console.print(f"adapter  {result.adapter}", soft_wrap=True)
-    commands = next_commands(result.run, is_mergeable=method_named(result.method).merges != "no")
+    commands = next_commands(
+        result.run,
+        is_mergeable=method_named(result.method).merges != "no",
+        writes_replies=result.objective != "reward",
+    )
     console.print("\nnext", style="bold")
     width = max(len(command) for command, _ in commands)
     for command, purpose in commands:
         console.print(f"  {command:<{width}}   {purpose}", soft_wrap=True)
 
 
-def next_commands(run: Path, *, is_mergeable: bool = True) -> list[tuple[str, str]]:
+def next_commands(run: Path, *, is_mergeable: bool = True, writes_replies: bool = True) -> list[tuple[str, str]]:
     """What a person does after training, with the run's own path in it."""
-    commands = [(f"affina chat {run}", "talk to it; /base asks the model it came from")]
-    if is_mergeable:
+    commands = []
+    if writes_replies:
+        commands.append((f"affina chat {run}", "talk to it; /base asks the model it came from"))
+    if writes_replies and is_mergeable:
         commands.append((f"affina merge {run} -o merged", "one plain model, verified against the adapter"))
     return [*commands, ("affina runs", "all runs; two names compare them")]

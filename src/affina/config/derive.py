@@ -1,7 +1,8 @@
 """Computed defaults, each with its reason: everything "auto" that can be decided without seeing the machine.
 
-A derivation never touches a value that the user or a preset has set. What has to wait for the machine or for the data
-(precision on `device: auto`, warm-up as a share of the steps) stays open, and `explain` says what it waits for.
+A derivation never touches a value that the user has set, nor one that a preset has, but for the learning rate: presets
+state it for supervised fine-tuning, and other objectives want another one. What has to wait for the machine or for the
+data (precision on `device: auto`, warm-up as a share of the steps) stays open, and `explain` says what it waits for.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
 from affina.catalog.context import local_context_tokens
 from affina.catalog.methods import FIELDS, LOW_RANK_FIELDS, AdapterMethod, method_named
+from affina.config.objectives import OBJECTIVES, SFT_LEARNING_RATE
 from affina.config.origins import Origin
-from affina.config.schema import RunConfig
+from affina.config.schema import RunConfig, Section
 
 WARMUP_SHARE = 0.03
 """Of a run's steps. Adam's second moment needs some steps before its ratio means anything; 3% is QLoRA's setting."""
@@ -48,10 +51,17 @@ def derive(config: RunConfig, origins: Origins) -> list[Derived]:
 
 def with_value(config: RunConfig, path: str, value: object) -> RunConfig:
     """The config with one field of one section replaced."""
-    section_name, field_name = path.split(".")
-    section = getattr(config, section_name)
-    checked = type(section).model_validate({**section.__dict__, field_name: value})
-    return config.model_copy(update={section_name: checked})
+    return _with_value(config, path.split("."), value)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _with_value(section: SectionT, path: list[str], value: object) -> SectionT:
+    name, *rest = path
+    if rest:
+        return section.model_copy(update={name: _with_value(getattr(section, name), rest, value)})
+    return type(section).model_validate({**section.__dict__, name: value})
 
 
 def has_validation(config: RunConfig) -> bool:
@@ -161,6 +171,33 @@ def _without_validation(config: RunConfig, origins: Origins) -> list[Derived]:
     ]
 
 
+def _objective(config: RunConfig, origins: Origins) -> list[Derived]:
+    """Defaults that depend on what is learnt."""
+    training, name = config.training, config.training.objective
+    facts = OBJECTIVES[name]
+    derived: list[Derived] = []
+    if training.preference.beta is None and facts.beta is not None:
+        derived.append(Derived("training.preference.beta", facts.beta, f"{name}: {facts.beta_source}"))
+    rate = origins.get("training.learning_rate")
+    if facts.learning_rate is not None and (rate is None or not rate.is_explicit):
+        # A preset states its rate for supervised fine-tuning of its model; the ratio between objectives stays.
+        value = float(f"{training.learning_rate * facts.learning_rate / SFT_LEARNING_RATE:.3g}")
+        reason = f"{name}: {facts.rate_source}" + (
+            "" if rate is None else f", in proportion to the preset's {training.learning_rate:g} for sft"
+        )
+        derived.append(Derived("training.learning_rate", value, reason))
+    if facts.records == "texts" and _is_open(origins, "data.truncation"):
+        derived.append(Derived("data.truncation", "split", "no part of a long text is lost"))
+    if not facts.writes_replies and _is_open(origins, "evaluation.max_generations"):
+        derived.append(Derived("evaluation.max_generations", 0, f"{name} learns no replies"))
+    if facts.records in ("replies", "texts"):
+        return derived
+    if name == "reward" and _is_open(origins, "evaluation.enabled"):
+        reason = "a reward model writes nothing; its validation accuracy is in metrics.jsonl"
+        derived.append(Derived("evaluation.enabled", False, reason))
+    return derived
+
+
 def _steps(config: RunConfig, origins: Origins) -> list[Derived]:
     """In a stream the number of steps is max_steps exactly; elsewhere it is known once the data is counted."""
     training = config.training
@@ -188,6 +225,7 @@ _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
     _precision,
     _max_length,
     _validation,
+    _objective,
     _without_validation,
     _steps,
 )

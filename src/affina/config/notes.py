@@ -7,6 +7,7 @@ from pathlib import Path
 
 from affina.catalog.methods import FIELDS, method_named
 from affina.config.derive import adapter_scale, has_validation
+from affina.config.objectives import OBJECTIVES, SFT_LEARNING_RATE
 from affina.config.origins import Note
 from affina.config.paths import BUILT_IN_PREFIX
 from affina.config.rules import FOUR_BIT_METHODS, Settings
@@ -25,7 +26,10 @@ LARGE_SCALE = 8.0
 
 def collect_notes(settings: Settings) -> tuple[Note, ...]:
     """Everything worth a warning, in the order of the schema."""
-    collectors = (_quantization, _adapter, _model, _data, _training, _steps, _validation, _evaluation, _tracking)
+    collectors = (
+        *(_quantization, _adapter, _model, _data, _training, _objective),
+        *(_steps, _validation, _evaluation, _tracking),
+    )
     return tuple(note for collect in collectors for note in collect(settings))
 
 
@@ -131,7 +135,14 @@ def _training(settings: Settings) -> Iterator[Note]:
         yield from _no_effect(settings, "training.min_learning_rate_ratio", "training.schedule is constant")
     if settings.wrote("training.learning_rate") and not settings.config.model.path.startswith(BUILT_IN_PREFIX):
         rate = training.learning_rate / method_named(settings.config.adapter.method).learning_rate_factor
-        if rate > HIGH_LEARNING_RATE:
+        usual = OBJECTIVES[training.objective].learning_rate or SFT_LEARNING_RATE
+        if training.objective != "sft" and not 0.02 <= rate / usual <= 20:
+            why = f"for {training.objective} about {usual:g} is usual"
+            word = "high" if rate > usual else "low"
+            yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is {word}", why)
+        elif training.objective != "sft":
+            pass
+        elif rate > HIGH_LEARNING_RATE:
             why = "LoRA on models of billions of parameters is best between 1e-4 and 5e-4; above, losses jump"
             yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is high", why)
         elif rate < LOW_LEARNING_RATE:
@@ -142,6 +153,33 @@ def _training(settings: Settings) -> Iterator[Note]:
     if rows > LARGE_BATCH_ROWS and (wrote := [path for path in batch_paths if settings.wrote(path)]):
         why = "LoRA learns worse from large batches, whatever its rank; 8 to 32 rows are usual"
         yield _note(settings, wrote[0], f"a step has {rows} rows", why)
+
+
+_PREFERENCE_USERS = {
+    "loss": ("dpo",),
+    "beta": ("dpo", "orpo", "kto", "simpo"),
+    "label_smoothing": ("dpo", "simpo"),
+    "margin": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+
+
+def _objective(settings: Settings) -> Iterator[Note]:
+    training = settings.config.training
+    name = training.objective
+    for field, users in _PREFERENCE_USERS.items():
+        if name not in users:
+            yield from _no_effect(settings, f"training.preference.{field}", f"training.objective is {name}")
+    if name == "dpo" and training.preference.loss == "ipo":
+        why = "training.preference.loss is ipo, whose target is bounded already"
+        yield from _no_effect(settings, "training.preference.label_smoothing", why)
+    for field in type(training.distillation).model_fields:
+        if name != "distill":
+            yield from _no_effect(settings, f"training.distillation.{field}", f"training.objective is {name}")
+    if OBJECTIVES[name].records in ("pairs", "labels"):
+        why = f"training.objective {name} compares the last replies; what is before them is the prompt"
+        yield from _no_effect(settings, "data.mask", why)
 
 
 def _steps(settings: Settings) -> Iterator[Note]:

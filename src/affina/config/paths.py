@@ -20,6 +20,7 @@ from affina.errors import ConfigError
 
 BUILT_IN_PREFIX = "affina/"
 BUILT_IN_MODELS = ("affina/nano",)
+TEACHER_PATH = "training.distillation.teacher"
 BUILT_IN_DATA = ("affina/support",)
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".zst", ".arrow")
@@ -28,7 +29,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
 def resolve_paths(checked: Validated, only: OriginKind | None = None) -> None:
-    """Make the model's and the sources' paths absolute where they exist; a file that is missing is an error.
+    """Make the paths of models and sources absolute where they exist; a file that is missing is an error.
 
     only: leave the paths of every other origin as they are
     """
@@ -39,6 +40,9 @@ def resolve_paths(checked: Validated, only: OriginKind | None = None) -> None:
     model = checked.values.get("model", {})
     if "path" in model and is_meant("model.path"):
         model["path"] = _resolve(model["path"], "model.path", checked, BUILT_IN_MODELS, suffixes=())
+    teaching = checked.values.get("training", {}).get("distillation", {})
+    if teaching.get("teacher") is not None and is_meant(TEACHER_PATH):
+        teaching["teacher"] = _resolve(teaching["teacher"], TEACHER_PATH, checked, BUILT_IN_MODELS, suffixes=())
     for name in ("train", "validation"):
         for index, source in enumerate(checked.values.get("data", {}).get(name, ())):
             path = f"data.{name}[{index}].path"

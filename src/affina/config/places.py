@@ -16,7 +16,7 @@ _MODEL = ("model.path",)
 _SOURCES = ("data.train[].path", "data.validation[].path")
 
 SETTINGS_OF_ERRORS: Mapping[str, tuple[str, ...]] = {
-    "model-not-found": ("model.revision", *_MODEL),
+    "model-not-found": ("model.revision", *_MODEL, "training.distillation.teacher"),
     "model-unreachable": _MODEL,
     "model-gated": _MODEL,
     "checkpoint-missing": _MODEL,
@@ -42,6 +42,9 @@ SETTINGS_OF_ERRORS: Mapping[str, tuple[str, ...]] = {
     "optimizer-unavailable": ("training.optimizer",),
     "tracker-unavailable": ("tracking.trackers",),
     "engine-unsupported": ("engine.path",),
+    "teacher-tokenizer": ("training.distillation.teacher",),
+    "no-teacher": ("training.objective",),
+    "one-label": ("training.objective",),
     "packing-unsupported": ("data.packing",),
     "file-not-found": _SOURCES,
     "no-data-files": _SOURCES,

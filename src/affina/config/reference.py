@@ -9,7 +9,14 @@ from pydantic_core import PydanticUndefined
 
 from affina.config.fields import SCALAR_FIELDS, describe, kind_of
 from affina.config.layers import PRESETS, preset_text
-from affina.config.schema import ColumnsConfig, RunConfig, Section, SourceConfig
+from affina.config.schema import (
+    ColumnsConfig,
+    DistillationConfig,
+    PreferenceConfig,
+    RunConfig,
+    Section,
+    SourceConfig,
+)
 
 _INTRODUCTION = """\
 # The config: `run.yaml`
@@ -48,6 +55,9 @@ def config_reference() -> str:
         if name == "data":
             parts.append(_section_text("data.train[] and data.validation[]", SourceConfig))
             parts.append(_section_text("data.train[].columns", ColumnsConfig))
+        if name == "training":
+            parts.append(_section_text("training.preference", PreferenceConfig))
+            parts.append(_section_text("training.distillation", DistillationConfig))
     parts.append(_presets_text())
     return "\n".join(parts)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from affina.catalog.context import local_context_tokens
 from affina.catalog.methods import FIELDS, METHODS, AdapterMethod, method_named, methods_that_train_on
 from affina.config.derive import adapter_scale, has_validation
+from affina.config.objectives import OBJECTIVES
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig, SourceConfig
 from affina.errors import ConfigError, Location
@@ -467,6 +468,67 @@ def _evaluation_without_records(settings: Settings) -> ConfigError | None:
         why="data.validation is empty and data.validation_fraction is 0",
         fix="name a file in data.validation, or write `validation_fraction: 0.1`",
         where=settings.where("evaluation.enabled", "data.validation_fraction"),
+    )
+
+
+@reads("training.objective", "data.truncation")
+def _truncation_of_pairs(settings: Settings) -> ConfigError | None:
+    objective, truncation = settings.config.training.objective, settings.config.data.truncation
+    is_whole = OBJECTIVES[objective].records in ("pairs", "labels") or (
+        objective == "distill" and settings.config.training.distillation.teacher is None
+    )
+    if not is_whole or truncation in ("drop", "raise"):
+        return None
+    return ConfigError(
+        "truncation-changes-preference",
+        f"data.truncation is {truncation}, and training.objective is {objective}",
+        why="what was judged is the whole reply; a part of it may deserve another judgement",
+        fix="write `truncation: drop` (leaves it out and counts it) or raise, and raise data.max_length",
+        where=settings.where("data.truncation", "training.objective"),
+    )
+
+
+@reads("training.objective", "evaluation.enabled")
+def _evaluation_of_reward(settings: Settings) -> ConfigError | None:
+    if settings.config.training.objective != "reward" or not settings.config.evaluation.enabled:
+        return None
+    return ConfigError(
+        "evaluation-of-reward",
+        "evaluation.enabled is true, and training.objective is reward",
+        why="the comparison reads replies and their perplexity; a reward model writes none",
+        fix="remove evaluation.enabled: the accuracy on validation pairs is in metrics.jsonl",
+        where=settings.where("evaluation.enabled", "training.objective"),
+    )
+
+
+@reads("training.objective", "training.distillation.on_policy", "training.distillation.teacher")
+def _on_policy_without_teacher(settings: Settings) -> ConfigError | None:
+    training = settings.config.training
+    if training.objective != "distill" or training.distillation.teacher or not training.distillation.on_policy:
+        return None
+    return ConfigError(
+        "on-policy-without-teacher",
+        f"training.distillation.on_policy is {training.distillation.on_policy:g}, and there is no teacher model",
+        why="log-probabilities in the records are for the replies of the records, not for what the student writes",
+        fix="name a model in training.distillation.teacher, or write `on_policy: 0`",
+        where=settings.where("training.distillation.on_policy"),
+    )
+
+
+@reads("training.objective", "training.distillation.divergence", "training.distillation.temperature")
+def _divergence_from_files(settings: Settings) -> ConfigError | None:
+    training, distillation = settings.config.training, settings.config.training.distillation
+    if training.objective != "distill" or distillation.teacher:
+        return None
+    if distillation.divergence == 0 and distillation.temperature == 1:
+        return None
+    return ConfigError(
+        "divergence-needs-teacher",
+        f"training.distillation has divergence {distillation.divergence:g} and temperature "
+        f"{distillation.temperature:g}, and there is no teacher model",
+        why="the records hold the k likeliest tokens only: enough for the forward divergence at temperature 1",
+        fix="name a model in training.distillation.teacher, or remove both",
+        where=settings.where("training.distillation.divergence", "training.distillation.temperature"),
     )
 
 

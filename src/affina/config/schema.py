@@ -151,6 +151,12 @@ class ColumnsConfig(Section):
     group: str | None = Field(
         default=None, description="Column that ties records together (document, customer): never split across sets."
     )
+    chosen: str | None = Field(default=None, description="Column with the preferred reply or conversation.")
+    rejected: str | None = Field(default=None, description="Column with the worse reply or conversation.")
+    replies: str | None = Field(default=None, description="Column with a list of replies to one prompt.")
+    ranks: str | None = Field(default=None, description="Column (or key of a reply) with ranks; the lowest is best.")
+    scores: str | None = Field(default=None, description="Column (or key of a reply) with scores; the highest is best.")
+    label: str | None = Field(default=None, description="Column that says whether the reply is wanted (KTO).")
 
 
 class SourceConfig(Section):
@@ -159,7 +165,18 @@ class SourceConfig(Section):
     path: str = Field(
         description="A file, a folder, a glob, a hub dataset id, or affina/support (the built-in data set)."
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "text",
+        "preference",
+        "ranking",
+        "tree",
+        "labelled",
+    ] = Field(
         default="auto", description="What a record looks like; auto looks at the first records and says what it found."
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
@@ -238,9 +255,68 @@ class DataConfig(Section):
     seed: int = Field(default=0, description="Seed of the split and the mix.")
 
 
+class PreferenceConfig(Section):
+    """Constants of the objectives that learn from preferences. What an objective does not use has no effect."""
+
+    loss: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid",
+        description="Of dpo: sigmoid is the paper's; ipo has a bounded target and overfits less on pairs that all "
+        "agree.",
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Strength of the pull towards the reference (dpo, kto), of the odds ratio (orpo), or of the "
+        "reward (simpo). Raise it for dpo and kto when replies become worse while the margin grows. "
+        "Not given: 0.1, for simpo 2.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0,
+        description="Of dpo with the sigmoid loss, and simpo: share of pairs that may be labelled the wrong way round.",
+    )
+    margin: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="Of simpo: how far the chosen reply's reward shall be above the rejected one's."
+    )
+    desirable_weight: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="Of kto: weight of wanted replies. Raise it when they are few."
+    )
+    undesirable_weight: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="Of kto: weight of unwanted replies. Raise it when they are few."
+    )
+
+
+class DistillationConfig(Section):
+    """Where a teacher's distributions come from (training.objective: distill)."""
+
+    teacher: str | None = Field(
+        default=None,
+        description="Directory or hub id of a model with the same tokenizer; not given: the records carry the "
+        "teacher's top-k log-probabilities.",
+    )
+    on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="Share of the steps that learn on the student's own replies instead of the data's. "
+        "Needs a teacher model; generating takes most of the time.",
+    )
+    divergence: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="0: KL of the teacher to the student (cover all that the teacher would say), 1: the reverse "
+        "(avoid what it would not), between: the generalised Jensen-Shannon divergence.",
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Divides the logits of both. Raise it to 2 when the teacher is nearly always certain."
+    )
+    max_new_tokens: PositiveInt = Field(default=128, description="Of on-policy replies: the longest, in tokens.")
+
+
 class TrainingConfig(Section):
     """How the adapter learns."""
 
+    objective: Literal["sft", "dpo", "orpo", "kto", "simpo", "cpt", "reward", "distill"] = Field(
+        default="sft",
+        description="What is learnt. sft: the replies. dpo, orpo, simpo: to prefer chosen to rejected replies. "
+        "kto: from labels wanted and unwanted. cpt: raw text. reward: a score for replies. distill: a teacher's "
+        "distributions.",
+    )
     epochs: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="Passes over the training data; 1 to 3 are usual."
     )
@@ -320,6 +396,8 @@ class TrainingConfig(Section):
     max_skipped_steps: NonNegativeInt = Field(
         default=10, description="Steps with NaN or infinite gradients are skipped; more than this many end the run."
     )
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
 
 
 class EvaluationConfig(Section):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from affina.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from affina.config.objectives import OBJECTIVES, Records
+from affina.config.schema import ModelConfig, RunConfig, SourceConfig
 from affina.data.encoding import EncodeSettings
 from affina.data.formats import Columns
 from affina.data.prepare import PreparedData, PrepareSettings, Progress, prepare
@@ -26,8 +27,17 @@ def source_spec(source: SourceConfig) -> SourceSpec:
     )
 
 
-def prepare_settings(data: DataConfig) -> PrepareSettings:
-    """What of the data section decides the prepared data."""
+def wanted_records(config: RunConfig) -> Records:
+    """What the config's objective learns from."""
+    training = config.training
+    if training.objective == "distill" and training.distillation.teacher is None:
+        return "taught"
+    return OBJECTIVES[training.objective].records
+
+
+def prepare_settings(config: RunConfig) -> PrepareSettings:
+    """What of the config decides the prepared data."""
+    data = config.data
     return PrepareSettings(
         encode=EncodeSettings(
             max_length=data.max_length,
@@ -44,6 +54,7 @@ def prepare_settings(data: DataConfig) -> PrepareSettings:
         deduplicate=data.deduplicate,
         mask_pii=data.mask_pii,
         seed=data.seed,
+        wanted=wanted_records(config),
     )
 
 
@@ -69,7 +80,7 @@ def prepare_from_config(
     return prepare(
         [source_spec(source) for source in data.train],
         tokenizer=tokenizer or tokenizer_from_config(config.model),
-        settings=prepare_settings(data),
+        settings=prepare_settings(config),
         validation=[source_spec(source) for source in data.validation],
         num_workers=data.num_workers,
         cache_directory=Path(data.cache_directory) if data.cache_directory else None,
@@ -85,6 +96,6 @@ def stream_from_config(config: RunConfig, tokenizer: LoadedTokenizer | None = No
     return stream(
         [source_spec(source) for source in data.train],
         tokenizer=tokenizer or tokenizer_from_config(config.model),
-        settings=prepare_settings(data),
+        settings=prepare_settings(config),
         validation=[source_spec(source) for source in data.validation],
     )

@@ -33,6 +33,10 @@ def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
         record["group"] = conversation.group
     if conversation.metadata:
         record["metadata"] = conversation.metadata
+    if conversation.rejected:
+        record["rejected"] = [[_message_to_dict(message) for message in turns] for turns in conversation.rejected]
+    if conversation.desirable is not None:
+        record["desirable"] = conversation.desirable
     return record
 
 
@@ -46,6 +50,8 @@ def conversation_from_dict(record: dict[str, Any]) -> Conversation:
         origin=record["origin"],
         source=record["source"],
         metadata=record.get("metadata", {}),
+        rejected=tuple(tuple(_message_from_dict(message) for message in turns) for turns in record.get("rejected", ())),
+        desirable=record.get("desirable"),
     )
 
 

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 from affina.data.masking import Mask
 from affina.data.messages import Conversation
+from affina.data.pairs import fit_pairs, with_label, with_teacher
+from affina.data.preference_formats import TEACHER
 from affina.data.templates import ChatTemplate, EncodedSample, Thinking
 from affina.data.tokenizer import LoadedTokenizer
 from affina.data.truncation import Truncation, fit_record
@@ -56,18 +58,32 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, thinking=settings.thinking, system_prompt=settings.system_prompt)
 
     def encode_record(self, conversation: Conversation) -> RecordSamples:
+        settings = self.settings
         try:
-            fitted = fit_record(
-                conversation,
-                encode=lambda part, mask: self.template.encode(part, mask=mask),
-                mask=self.settings.mask,
-                max_length=self.settings.max_length,
-                truncation=self.settings.truncation,
-            )
+            if conversation.rejected:
+                fitted = fit_pairs(
+                    conversation, encode=self._encode, max_length=settings.max_length, truncation=settings.truncation
+                )
+            else:
+                fitted = fit_record(
+                    conversation,
+                    encode=self._encode,
+                    mask=settings.mask,
+                    max_length=settings.max_length,
+                    truncation=settings.truncation,
+                )
+                if conversation.desirable is not None:
+                    fitted = with_label(fitted, is_desirable=conversation.desirable)
+                if TEACHER in conversation.metadata:
+                    size = len(self.template.tokenizer.hf)
+                    fitted = with_teacher(fitted, conversation, vocabulary_size=size)
         except DataError as error:
             return RecordSamples(error=error)
         # The text is for people who look at samples; to send it between processes would double the traffic.
         return RecordSamples(tuple(replace(sample, text="") for sample in fitted.samples), fitted.counts)
+
+    def _encode(self, conversation: Conversation, mask: Mask) -> list[EncodedSample]:
+        return self.template.encode(conversation, mask=mask)
 
     def encode_chunk(self, chunk: list[Conversation]) -> list[RecordSamples]:
         return [self.encode_record(conversation) for conversation in chunk]

@@ -1,8 +1,9 @@
 """Records in the formats that people have, turned into conversations.
 
-Five formats: `messages` (OpenAI, ChatML), `sharegpt`, `alpaca`, `prompt_completion`, `text`. Which one a file has is
-found by looking at its first records and is always told with the reason; where it is not certain, that is an error
-which says what to write. Columns are mapped by name; dotted paths reach into objects (`prompt.replies.0.text`).
+Five formats: `messages` (OpenAI, ChatML), `sharegpt`, `alpaca`, `prompt_completion`, `text`; those of preferences are
+in preference_formats.py. Which one a file has is found by looking at its first records and is always told with the
+reason; where it is not certain, that is an error which says what to write. Columns are mapped by name; dotted paths
+reach into objects (`prompt.replies.0.text`).
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from affina.data.messages import Conversation, Message, Role, ToolCall
 from affina.data.records import RawRecord, shorten
 from affina.errors import DataError, Location
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "ranking", "tree", "labelled"
+]
 
 ROLE_NAMES: Final[dict[str, Role]] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "agent", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "tool_response", "function_response", "ipython", "api"), "tool"
+    ),
 }
 """What data sets call the four roles; upper and lower case are the same."""
 
 _TURN_COLUMNS: Final = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
 _ROLE_KEYS: Final = ("role", "from")
 _CONTENT_KEYS: Final = ("content", "value")
-_PROMPTS: Final = ("prompt", "instruction", "question", "query", "problem", "user", "input")
+CHOSEN_NAMES: Final = ("chosen", "chosen_messages", "chosen_response", "preferred", "response_chosen")
+REJECTED_NAMES: Final = ("rejected", "rejected_messages", "rejected_response", "dispreferred", "response_rejected")
+PROMPT_NAMES: Final = ("prompt", "instruction", "question", "query", "problem", "user", "input")
 _COMPLETIONS: Final = ("completion", "response", "output", "answer", "reply", "solution", "target", "assistant")
 _INPUTS: Final = ("input", "context")
 _TEXTS: Final = ("text", "content", "document")
@@ -50,6 +57,10 @@ WANTED: Final[dict[Format, str]] = {
     "alpaca": '"instruction", "output", and where there are any "input", "system", "history"',
     "prompt_completion": '"prompt" and "completion" (or question/answer, …), each a string or a list of messages',
     "text": '"text"',
+    "preference": '"chosen" and "rejected", each a reply or a list of messages, and "prompt" unless they hold it',
+    "ranking": '"prompt", a list "replies", and "ranks" (the lowest is best) or "scores" (the highest is)',
+    "tree": '"prompt" as a tree: {"text": "…", "replies": [{"text": "…", "rank": 0, "replies": […]}]}',
+    "labelled": 'a conversation, or "prompt" and "completion", and "label": true or false',
 }
 """What each format needs, for messages."""
 
@@ -72,6 +83,12 @@ class Columns:
     history: str | None = None
     text: str | None = None
     group: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    replies: str | None = None
+    ranks: str | None = None
+    scores: str | None = None
+    label: str | None = None
 
     def named(self) -> dict[str, str]:
         """The columns that are given."""
@@ -87,16 +104,16 @@ class DetectedFormat:
     why: str
 
 
-class _Missing:
+class Missing:
     def __repr__(self) -> str:
         return "nothing"
 
 
-_MISSING: Final = _Missing()
+MISSING: Final = Missing()
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """The value at a column name or dotted path; `_MISSING` when there is none."""
+    """The value at a column name or dotted path; `MISSING` when there is none."""
     if path in record:
         return record[path]
     value: Any = record
@@ -106,7 +123,7 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
         elif isinstance(value, list) and re.fullmatch(r"-?\d+", part) and -len(value) <= int(part) < len(value):
             value = value[int(part)]
         else:
-            return _MISSING
+            return MISSING
     return value
 
 
@@ -126,15 +143,21 @@ def detect_format(
     columns: what the user said; it always wins
     raises:  DataError when a named column does not exist, when nothing fits, or when more than one reading does
     """
-    probe = _Probe(records, columns or Columns(), where)
+    probe = Probe(records, columns or Columns(), where)
     probe.check_named_columns()
-    detected = _choose(probe, format)
+    return with_unread(probe, _choose(probe, format))
+
+
+def with_unread(probe: Probe, detected: DetectedFormat) -> DetectedFormat:
+    """The same format; its reason names the columns that are not read."""
     read = {path.partition(".")[0] for path in detected.columns.named().values()}
     unread = [name for name in probe.seen if name not in read and name not in detected.columns.named().values()]
     return replace(detected, why=f"{detected.why}; not read: {', '.join(unread)}") if unread else detected
 
 
-def _choose(probe: _Probe, format: Format | Literal["auto"]) -> DetectedFormat:
+def _choose(probe: Probe, format: Format | Literal["auto"]) -> DetectedFormat:
+    if format in ("preference", "ranking", "tree", "labelled"):
+        raise probe.preference_error(probe.turn_columns())
     if format == "text" or (format == "auto" and probe.columns.text):
         return probe.as_text()
     if format in ("messages", "sharegpt") or (format == "auto" and probe.columns.messages):
@@ -146,7 +169,7 @@ def _choose(probe: _Probe, format: Format | Literal["auto"]) -> DetectedFormat:
     return probe.find()
 
 
-class _Probe:
+class Probe:
     """The first records of a file, and the questions that detection asks about them."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]], columns: Columns, where: Location | None) -> None:
@@ -158,24 +181,27 @@ class _Probe:
 
     def first_value(self, path: str) -> Any:
         """The first value at `path` that is there and not null; one that is no empty list, if there is any."""
-        empty: Any = _MISSING
+        empty: Any = MISSING
         for record in self.records:
             value = lookup(record, path)
             if value == []:
                 empty = value  # says nothing about turns; validation names this record
-            elif value is not None and value is not _MISSING:
+            elif value is not None and value is not MISSING:
                 return value
         return empty
 
     def present(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self.seen and self.first_value(name) is not _MISSING]
+        return [name for name in names if name in self.seen and self.first_value(name) is not MISSING]
 
     def one_of(self, names: Sequence[str]) -> str | None:
         return next(iter(self.present(names)), None)
 
     def check_named_columns(self) -> None:
         for field, path in self.columns.named().items():
-            if field in ("role", "content") or any(lookup(record, path) is not _MISSING for record in self.records):
+            # Ranks and scores may be keys inside a reply.
+            if field in ("role", "content", "ranks", "scores") or any(
+                lookup(record, path) is not MISSING for record in self.records
+            ):
                 continue
             raise DataError(
                 "unknown-column",
@@ -198,7 +224,7 @@ class _Probe:
         name = name or self.one_of(_TURN_COLUMNS)
         if name is None:
             raise self.missing_error(format, "messages")
-        turn = _first_turn(self.first_value(name))
+        turn = first_turn(self.first_value(name))
         role = self.columns.role or next((key for key in _ROLE_KEYS if key in turn), None)
         content = self.columns.content or next((key for key in _CONTENT_KEYS if key in turn), None)
         if role is None or content is None:
@@ -218,7 +244,7 @@ class _Probe:
     def as_pair(self, format: str) -> DetectedFormat:
         completion = self.columns.completion or self.one_unambiguous("completion", _COMPLETIONS)
         given = self.columns.prompt
-        names = self.present(_PROMPTS)
+        names = self.present(PROMPT_NAMES)
         if len(names) > 1:
             # Next to an instruction, "input" is what the instruction is about.
             names = [name for name in names if name != "input"]
@@ -248,8 +274,8 @@ class _Probe:
 
     def find(self) -> DetectedFormat:
         turns = self.turn_columns()
-        prompts, completions = self.present(_PROMPTS), self.present(_COMPLETIONS)
-        if self.present(("chosen", "chosen_messages")) and self.present(("rejected", "rejected_messages")):
+        prompts, completions = self.present(PROMPT_NAMES), self.present(_COMPLETIONS)
+        if self.present(CHOSEN_NAMES) and self.present(REJECTED_NAMES):
             raise self.preference_error(turns)
         names = {name for name, _, _ in turns}
         if names == {"prompt", "completion"}:
@@ -272,7 +298,7 @@ class _Probe:
         """(column, role key, content key) of every column that holds lists of turns; the usual names first."""
         found = []
         for name in sorted(self.seen, key=lambda name: (name not in _TURN_COLUMNS, self.seen.index(name))):
-            turn = _first_turn(self.first_value(name))
+            turn = first_turn(self.first_value(name))
             for role, content in zip(_ROLE_KEYS, _CONTENT_KEYS, strict=True):
                 role, content = self.columns.role or role, self.columns.content or content
                 if role in turn and (content in turn or "tool_calls" in turn or "function_call" in turn):
@@ -315,13 +341,13 @@ class _Probe:
         elif "chosen" in lists:
             fix = "columns: {messages: chosen}"
         else:
-            prompt = next((name for name in (*lists, *self.present(_PROMPTS))), "prompt")
+            prompt = next((name for name in (*lists, *self.present(PROMPT_NAMES))), "prompt")
             fix = f"columns: {{prompt: {prompt}, completion: chosen}}"
         return DataError(
             "preference-data",
             "these are preference pairs (chosen, rejected), not conversations",
             why="supervised fine-tuning trains on one reply per prompt",
-            fix=f"to train on the chosen replies: {fix}",
+            fix=f"to learn the preference: training.objective: dpo; to train on the chosen replies: {fix}",
             where=self.where,
         )
 
@@ -337,7 +363,7 @@ class _Probe:
                 "columns: {messages: …}",
                 where=self.where,
             )
-        wants = "; ".join(f"{name}: {wanted}" for name, wanted in WANTED.items())
+        wants = "; ".join(f"{name}: {wanted}" for name, wanted in list(WANTED.items())[:5])
         return DataError(
             "unknown-format",
             f"no known format fits the columns {', '.join(self.seen)}",
@@ -354,7 +380,7 @@ class _Probe:
         if all(re.fullmatch(r"column_\d+", name) for name in self.seen) and len(self.seen) > 1:
             return "columns: {prompt: column_1, completion: column_2} (the file has no header row)"
         paths = list(dict.fromkeys(path for name in self.seen if (path := self.text_path(name))))
-        prompt = next((path for path in paths if path.partition(".")[0].rstrip("s") in _PROMPTS), None)
+        prompt = next((path for path in paths if path.partition(".")[0].rstrip("s") in PROMPT_NAMES), None)
         completion = next((path for path in paths if path.partition(".")[0].rstrip("s") in _COMPLETIONS), None)
         others = [path for path in paths if path not in (prompt, completion) and not _IS_ID.search(path)]
         prompt = prompt or (others.pop(0) if others else None)
@@ -389,7 +415,7 @@ def _did_you_mean(name: str, names: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else "use one of these columns, or a dotted path into one"
 
 
-def _first_turn(value: Any) -> Mapping[str, Any]:
+def first_turn(value: Any) -> Mapping[str, Any]:
     """The first object of a list of turns (also when the list is written as a string); {} for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -407,7 +433,7 @@ def _suggest_turns(name: str, value: Any) -> str | None:
         return _suggest_turns(f"{name}.0", value[0])
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         return None
-    keys = list(_first_turn(value))
+    keys = list(first_turn(value))
     roles = [key for key in keys if all(str(turn.get(key)).lower() in ROLE_NAMES for turn in value)]
     texts = [key for key in keys if key not in roles and all(isinstance(turn.get(key), str) for turn in value)]
     if not roles or not texts:
@@ -426,7 +452,7 @@ def to_conversation(record: RawRecord, detected: DetectedFormat, *, source: int 
 
     raises: DataError at the record's location
     """
-    convert = _Converter(record, detected.columns)
+    convert = Converter(record, detected.columns)
     if detected.format == "text":
         conversation = convert.text()
     elif detected.format in ("messages", "sharegpt"):
@@ -437,7 +463,7 @@ def to_conversation(record: RawRecord, detected: DetectedFormat, *, source: int 
 
 
 @dataclass(frozen=True, slots=True)
-class _Converter:
+class Converter:
     record: RawRecord
     columns: Columns
 
@@ -449,7 +475,7 @@ class _Converter:
         if path is None:
             return None
         value = lookup(self.record.value, path)
-        return None if value is _MISSING else value
+        return None if value is MISSING else value
 
     def required(self, field: str, path: str | None) -> Any:
         value = self.value(path)
@@ -502,26 +528,29 @@ class _Converter:
 
     def pair(self) -> Conversation:
         self.refuse_media()
-        prompt = self.required("prompt", self.columns.prompt)
-        completion = self.required("completion", self.columns.completion)
-        messages = self.history()
-        tools: tuple[dict[str, Any], ...] = ()
-        if _is_turns(prompt):
-            before, tools = self.guess_messages("prompt", prompt)
-            # The completion is what is trained; replies inside the prompt are context.
-            messages += tuple(replace(m, train=False) if m.role == "assistant" else m for m in before)
-        else:
-            extra = self.value(self.columns.input)
-            content = self.string("prompt", self.columns.prompt)
-            if extra is not None and extra != "":
-                content = f"{content}\n\n{self.string('input', self.columns.input)}"
-            messages += (Message("user", content),)
-        if _is_turns(completion):
-            after, _ = self.guess_messages("completion", completion)
-            messages += after
-        else:
-            messages += (self.assistant(self.string("completion", self.columns.completion)),)
+        messages, tools = self.prompt()
+        messages += self.reply("completion", self.columns.completion)
         return Conversation(messages=self.with_system(messages), tools=self.tools() or tools)
+
+    def prompt(self) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+        """History and prompt, and tool definitions found inside. Replies in the prompt are context: not trained."""
+        prompt = self.required("prompt", self.columns.prompt)
+        messages = self.history()
+        if is_turns(prompt):
+            before, tools = self.guess_messages("prompt", prompt)
+            return messages + untrained(before), tools
+        extra = self.value(self.columns.input)
+        content = self.string("prompt", self.columns.prompt)
+        if extra is not None and extra != "":
+            content = f"{content}\n\n{self.string('input', self.columns.input)}"
+        return (*messages, Message("user", content)), ()
+
+    def reply(self, field: str, path: str | None) -> tuple[Message, ...]:
+        """A reply that is written as text, as a message, or as a list of them."""
+        value = self.required(field, path)
+        if is_turns(value):
+            return self.guess_messages(field, value)[0]
+        return (self.assistant(self.string(field, path)),)
 
     def history(self) -> tuple[Message, ...]:
         history = self.value(self.columns.history)
@@ -613,7 +642,10 @@ class _Converter:
                 f"message {index + 1} has the role {shorten(name)}",
                 f"use system, user, assistant or tool (also understood: {', '.join(ROLE_NAMES)})",
             )
-        parts = self.content(index, turn.get(content_key))
+        value = turn.get(content_key)
+        if value is None and role == "tool" and "response" in turn:  # Taskmaster: {"role": "api", "response": {…}}
+            value = json.dumps(turn["response"], ensure_ascii=False)
+        parts = self.content(index, value)
         calls = parts.tool_calls + self.tool_calls(index, turn)
         content = parts.text
         if isinstance(name, str) and name.lower() == "function_call":
@@ -766,6 +798,9 @@ class _Converter:
             raise self.error(
                 "bad-tool-call", f"tool_calls of message {index + 1} is {shorten(calls)}", "write it as a list"
             )
+        by_name = turn.get("api")  # Taskmaster: {"role": "agent", "api": {name: arguments}}
+        if isinstance(by_name, Mapping):
+            found += tuple(self.tool_call(index, {"name": name, "arguments": by_name[name]}) for name in by_name)
         legacy = turn.get("function_call")
         return found if legacy is None else (*found, self.tool_call(index, legacy))
 
@@ -840,12 +875,20 @@ class _Content:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def _is_turns(value: Any) -> bool:
+def untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The same turns, none of them in the loss."""
+    return tuple(replace(m, train=False) if m.role == "assistant" else m for m in messages)
+
+
+def is_turns(value: Any) -> bool:
     """Whether a prompt or completion is a message or a list of them (also written as a string of JSON)."""
     if isinstance(value, Mapping):
         return any(key in value for key in _ROLE_KEYS)
     if isinstance(value, str):
-        return value.lstrip().startswith("[{") and any(key in _first_turn(value) for key in _ROLE_KEYS)
+        opening = value.lstrip()
+        if opening.startswith("{") and '"role"' in opening:
+            return any(key in first_turn(f"[{value}]") for key in _ROLE_KEYS)
+        return opening.startswith("[") and any(key in first_turn(value) for key in _ROLE_KEYS)
     return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 

@@ -60,11 +60,13 @@ class Message:
 class Conversation:
     """One record in canonical form.
 
-    messages: the turns, empty for plain text
+    messages: the turns, empty for plain text; of a preference, the prompt and the best reply
     text:     plain text, None for conversations
     tools:    JSON schemas of the functions on offer, as the template takes them
     group:    records with the same group never end up on both sides of a split
     origin:   `file:line` (or `file#index`) of the record, for messages to the user
+    rejected: of a preference, the worse alternatives to `messages`, each with the same prompt in front
+    desirable: whether the reply is wanted, where a label says so (KTO)
     """
 
     messages: tuple[Message, ...] = ()
@@ -74,3 +76,5 @@ class Conversation:
     origin: str = ""
     source: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[tuple[Message, ...], ...] = ()
+    desirable: bool | None = None

@@ -76,6 +76,7 @@ def mask_conversation(conversation: Conversation) -> Conversation:
         conversation,
         text=None if conversation.text is None else mask_pii(conversation.text),
         messages=tuple(_mask_message(message) for message in conversation.messages),
+        rejected=tuple(tuple(_mask_message(message) for message in turns) for turns in conversation.rejected),
     )
 
 
@@ -104,7 +105,9 @@ def _mask_value(value: Any) -> Any:
 def _texts(conversation: Conversation) -> Iterator[str]:
     if conversation.text is not None:
         yield conversation.text
-    for message in conversation.messages:
+    # Of worse replies only the turns of their own: the prompt is counted once.
+    own = [message for turns in conversation.rejected for message in turns if message not in conversation.messages]
+    for message in (*conversation.messages, *own):
         yield message.content
         if message.reasoning is not None:
             yield message.reasoning

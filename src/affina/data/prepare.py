@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from affina.config.objectives import Records
 from affina.data.cache import default_cache_directory, open_or_build
 from affina.data.conversations import ConversationStore, ConversationWriter
 from affina.data.encoding import EncodeSettings, RecordSamples, encode_all
@@ -42,7 +43,7 @@ from affina.data.tokenizer import LoadedTokenizer
 from affina.data.validation import ConversationStream, OnError, SourceSpec, read_conversations
 from affina.errors import AffinaErrors, DataError
 
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 """Part of every cache key: raise it whenever the same input gives other samples."""
 
 PARALLEL_FROM_BYTES = 16 * 1024 * 1024
@@ -59,7 +60,11 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What decides the prepared data, besides sources and tokenizer. `seed` is that of the split and the mix."""
+    """What decides the prepared data, besides sources and tokenizer.
+
+    seed:   of the split and the mix
+    wanted: what the objective learns from
+    """
 
     encode: EncodeSettings
     weights: tuple[float | None, ...] = ()
@@ -70,6 +75,7 @@ class PrepareSettings:
     deduplicate: Deduplication = "none"
     mask_pii: bool = False
     seed: int = 0
+    wanted: Records = "replies"
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ def prepare(
             on_error=settings.on_error,
             max_record_bytes=settings.max_record_bytes,
             cache_directory=cache,
+            wanted=settings.wanted,
         )
         for specs in (train, validation)
     ]
@@ -237,6 +244,8 @@ class _Preparation:
         sizes = ArrowSampleStore(self._folder / "train.arrow")
         if not len(sizes):
             raise _nothing_left(counts, self._settings)
+        if self._settings.wanted == "labels":
+            _require_both_labels(counts)
         enable_thinking = _serves_thinking(self._template, counts)
         if enable_thinking is False:
             # Replies that were laid out as if thinking were on are not what serving sends when it is off.
@@ -450,11 +459,13 @@ class _ErrorCollector:
 
 def _nothing_left(counts: Counter[str], settings: PrepareSettings) -> DataError:
     if counts["dropped_too_long"] and not counts["dropped_without_labels"]:
+        is_whole = settings.wanted in ("pairs", "labels", "taught")
+        noun = "pairs (chosen and rejected together)" if settings.wanted == "pairs" else "samples"
         return DataError(
             "all-too-long",
-            f"all {counts['dropped_too_long']:,} samples are longer than data.max_length "
+            f"all {counts['dropped_too_long']:,} {noun} are longer than data.max_length "
             f"({settings.encode.max_length:,} tokens)",
-            fix="raise data.max_length, or set data.truncation: split",
+            fix="raise data.max_length" + ("" if is_whole else ", or set data.truncation: split"),
         )
     return DataError(
         "all-labels-masked",
@@ -462,6 +473,19 @@ def _nothing_left(counts: Counter[str], settings: PrepareSettings) -> DataError:
         why=f"{counts['dropped_without_labels']:,} samples have no trained token with data.mask: {settings.encode.mask}"
         + (f"; {counts['dropped_too_long']:,} more are too long" if counts["dropped_too_long"] else ""),
         fix="check that the conversations have replies, their train and weight flags, data.mask and data.max_length",
+    )
+
+
+def _require_both_labels(counts: Counter[str]) -> None:
+    wanted, unwanted = counts["desirable"], counts["undesirable"]
+    if wanted and unwanted:
+        return
+    present, missing = ("wanted", "unwanted") if wanted else ("unwanted", "wanted")
+    raise DataError(
+        "one-label",
+        f"all {wanted + unwanted:,} replies are labelled {present}; there is no {missing} one",
+        why="training.objective kto learns from the difference between the two",
+        fix="write training.objective: sft to train on wanted replies" if wanted else "add wanted replies",
     )
 
 

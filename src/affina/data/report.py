@@ -191,20 +191,34 @@ def _level(share: float) -> Level:
 
 
 def _reading_findings(report: DataReport) -> list[DataFinding]:
+    findings = [
+        DataFinding("warning", "label-not-read", problem["reason"], problem["fix"])
+        for problem in report.problems.get("listed", ())
+        if problem["code"] == "label-not-read"
+    ][:1]
     if not (skipped := report.num_records_skipped):
-        return []
+        return findings
     share = skipped / max(report.num_records_read, 1)
     counts = [entry for entry in report.problems.get("counts", ()) if entry["severity"] == "error"]
     reasons = ", ".join(f"{entry['count']:,} × {entry['code']}" for entry in counts)
     return [
+        *findings,
         DataFinding(
             _level(share),
             "records-skipped",
             f"{skipped:,} of {report.num_records_read:,} records ({share:.1%}) are faulty and are left out"
             + (f" ({reasons})" if reasons else ""),
             "`affina data` lists them with file and line",
-        )
+        ),
     ]
+
+
+_SPLIT = ", or set data.truncation: split"
+
+
+def _is_whole(counts: Mapping[str, int]) -> bool:
+    """Whether samples are never cut, because a preference is about the whole reply."""
+    return any(counts.get(name) for name in ("pairs", "desirable", "undesirable"))
 
 
 def _truncation_findings(report: DataReport) -> list[DataFinding]:
@@ -217,7 +231,7 @@ def _truncation_findings(report: DataReport) -> list[DataFinding]:
                 "too-long-dropped",
                 f"{dropped:,} samples ({dropped / num_samples:.1%}) are longer than {report.max_length:,} tokens "
                 "and are left out",
-                "raise data.max_length, or set data.truncation: split",
+                f"raise data.max_length{_SPLIT}" if not _is_whole(counts) else "raise data.max_length",
             )
         )
     if lost := counts.get("lost_end_of_turn", 0):
@@ -296,8 +310,43 @@ def _layout_findings(report: DataReport) -> list[DataFinding]:
     return findings
 
 
+_LONGER = 1.5
+"""Ratio of mean lengths from which a preference may be one for length alone (Singhal et al., arXiv:2310.03716)."""
+
+_UNBALANCED = 10
+"""Ratio of wanted to unwanted replies, either way, from which weights are worth setting: KTO's authors keep the
+weighted numbers about equal (arXiv:2402.01306)."""
+
+
+def _preference_findings(report: DataReport) -> list[DataFinding]:
+    counts, findings = report.counts, []
+    chosen, rejected = counts.get("chosen_tokens", 0), counts.get("rejected_tokens", 0)
+    if chosen and rejected and chosen > _LONGER * rejected:
+        findings.append(
+            DataFinding(
+                "warning",
+                "chosen-longer",
+                f"chosen replies are {chosen / rejected:.1f} times as long as rejected ones",
+                "the model may learn to write more rather than better: add pairs in which the shorter reply is chosen, "
+                "or use training.objective: simpo, which compares means over tokens",
+            )
+        )
+    wanted, unwanted = counts.get("desirable", 0), counts.get("undesirable", 0)
+    if wanted and unwanted and max(wanted, unwanted) > _UNBALANCED * min(wanted, unwanted):
+        few, many = ("undesirable", wanted / unwanted) if wanted > unwanted else ("desirable", unwanted / wanted)
+        findings.append(
+            DataFinding(
+                "warning",
+                "labels-unbalanced",
+                f"there are {wanted:,} wanted replies and {unwanted:,} unwanted ones",
+                f"write training.preference.{few}_weight: {many:.0f}, so that both sides count about as much",
+            )
+        )
+    return findings
+
+
 def _quality_findings(report: DataReport) -> list[DataFinding]:
-    findings: list[DataFinding] = []
+    findings = _preference_findings(report)
     leaked = sum(report.leakage.get("counts", {}).values()) if report.leakage else 0
     if leaked:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in report.leakage["counts"].items() if count)
@@ -310,7 +359,9 @@ def _quality_findings(report: DataReport) -> list[DataFinding]:
                 "remove them from one side, or name columns.group so that related records stay together",
             )
         )
-    if conflicts := int(report.duplicates.get("num_conflicts", 0)):
+    # Several replies to one prompt are what preferences are made of.
+    conflicts = 0 if _is_whole(report.counts) else int(report.duplicates.get("num_conflicts", 0))
+    if conflicts:
         findings.append(
             DataFinding(
                 "warning",

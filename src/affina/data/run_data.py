@@ -16,6 +16,7 @@ from affina.data.prepare import Progress
 from affina.data.report import DataReport
 from affina.data.samples import SampleStore
 from affina.data.streaming import StreamedData
+from affina.data.teacher import check_teacher
 from affina.data.templates import ChatTemplate
 from affina.data.tokenizer import LoadedTokenizer
 
@@ -69,7 +70,12 @@ class RunData:
 
 
 def open_run_data(config: RunConfig, tokenizer: LoadedTokenizer, *, progress: Progress | None = None) -> RunData:
-    """The data of a config: prepared (or found in the cache), or opened as a stream with its validation set read."""
+    """The data of a config: prepared (or found in the cache), or opened as a stream with its validation set read.
+
+    Raises ModelError `teacher-tokenizer` before any of it is read.
+    """
+    if config.training.objective == "distill" and config.training.distillation.teacher is not None:
+        check_teacher(config.training.distillation.teacher, tokenizer)
     if config.data.streaming:
         return _stream(config, tokenizer)
     data = prepare_from_config(config, tokenizer, progress=progress)

@@ -14,23 +14,65 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTokens:
+    """What a teacher finds likely at each of the N supervised tokens of a sample.
+
+    token_ids: [N, K] int32     log_probabilities: [N, K] float32
+    """
+
+    token_ids: NDArray[np.int32]
+    log_probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One training example.
+    """One training example: a document, or a few that belong together and are always in the same row.
 
     input_ids: [L] int32
     labels:    [L] int32, the input id where the token is trained, IGNORED_LABEL elsewhere. `labels[0]` is always
-               ignored: nothing predicts a first token, and so samples laid end to end never predict each other.
+               ignored: nothing predicts a first token, and so samples laid end to end never predict each other. The
+               same holds for the first label of every document
+    documents: lengths of the documents inside, adding up to L: of a preference pair the chosen and the rejected text.
+               () for one document
+    desirable: whether the reply is wanted (KTO); None where nobody said
+    teacher:   a teacher's distributions (distillation from files)
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    documents: tuple[int, ...] = ()
+    desirable: bool | None = None
+    teacher: TeacherTokens | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def document_lengths(self) -> tuple[int, ...]:
+        return self.documents or (len(self),)
+
+    def split(self) -> list[Sample]:
+        """The documents, each as a sample of its own."""
+        if not self.documents:
+            return [self]
+        ends = np.cumsum(self.documents).tolist()
+        return [
+            Sample(self.input_ids[end - length : end], self.labels[end - length : end])
+            for length, end in zip(self.documents, ends, strict=True)
+        ]
+
+    @property
     def num_supervised(self) -> int:
         return int((self.labels != IGNORED_LABEL).sum())
+
+
+def join_documents(documents: Sequence[Sample]) -> Sample:
+    """One sample of several documents, in this order."""
+    return Sample(
+        np.concatenate([document.input_ids for document in documents]),
+        np.concatenate([document.labels for document in documents]),
+        documents=tuple(len(document) for document in documents),
+    )
 
 
 class SampleStore(Protocol):

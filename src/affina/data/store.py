@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from affina.data.samples import IGNORED_LABEL, Sample
+from affina.data.samples import IGNORED_LABEL, Sample, TeacherTokens
 from affina.errors import DataError, Location
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_BATCH = 512
 
 _SCHEMA = pa.schema(
@@ -30,6 +30,10 @@ _SCHEMA = pa.schema(
         ("num_supervised", pa.int32()),
         ("origin", pa.string()),
         ("source", pa.int32()),
+        ("documents", pa.list_(pa.int32())),
+        ("desirable", pa.bool_()),
+        ("teacher_ids", pa.list_(pa.int32())),
+        ("teacher_log_probabilities", pa.list_(pa.float32())),
     ]
 )
 
@@ -80,6 +84,10 @@ class StoreWriter:
             pa.array([sample.num_supervised for sample in samples], type=pa.int32()),
             pa.array([origin for _, origin, _ in self._pending], type=pa.string()),
             pa.array([source for _, _, source in self._pending], type=pa.int32()),
+            pa.array([sample.documents for sample in samples], type=pa.list_(pa.int32())),
+            pa.array([sample.desirable for sample in samples], type=pa.bool_()),
+            pa.array([s.teacher and s.teacher.token_ids.ravel() for s in samples], type=pa.list_(pa.int32())),
+            pa.array([s.teacher and s.teacher.log_probabilities.ravel() for s in samples], type=pa.list_(pa.float32())),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._pending.clear()
@@ -138,7 +146,13 @@ class ArrowSampleStore:
         columns = self._batches[batch]
         ids = columns.column("input_ids")[row].values.to_numpy(zero_copy_only=True)
         trained = columns.column("trained")[row].values.to_numpy(zero_copy_only=False)
-        return Sample(ids, np.where(trained, ids, np.int32(IGNORED_LABEL)))
+        return Sample(
+            ids,
+            np.where(trained, ids, np.int32(IGNORED_LABEL)),
+            documents=tuple(columns.column("documents")[row].as_py()),
+            desirable=columns.column("desirable")[row].as_py(),
+            teacher=_teacher(columns, row),
+        )
 
     def take(self, indices: Sequence[int]) -> list[Sample]:
         return [self[int(index)] for index in indices]
@@ -191,6 +205,18 @@ class MemorySampleStore:
     def origin(self, index: int) -> str:
         """`file:line` of the record that the sample was made of; "" when it was not told."""
         return self._origins[index] if self._origins else ""
+
+
+def _teacher(columns: Any, row: int) -> TeacherTokens | None:
+    ids = columns.column("teacher_ids")[row]
+    if not ids.is_valid:
+        return None
+    num_supervised = columns.column("num_supervised")[row].as_py()
+    log_probabilities = columns.column("teacher_log_probabilities")[row]
+    return TeacherTokens(
+        ids.values.to_numpy().reshape(num_supervised, -1),
+        log_probabilities.values.to_numpy().reshape(num_supervised, -1),
+    )
 
 
 def _column(batches: Sequence[Any], name: str) -> NDArray[np.int32]:

@@ -180,7 +180,11 @@ def is_held_out(conversation: Conversation, fraction: float) -> bool:
 
 def _open(specs: Sequence[SourceSpec], settings: PrepareSettings) -> ConversationStream:
     return read_conversations(
-        specs, on_error=settings.on_error, max_record_bytes=settings.max_record_bytes, system_prompt=None
+        specs,
+        on_error=settings.on_error,
+        max_record_bytes=settings.max_record_bytes,
+        system_prompt=None,
+        wanted=settings.wanted,
     )
 
 

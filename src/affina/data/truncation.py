@@ -58,7 +58,7 @@ def fit_record(
             "sample-too-long",
             f"a record has {longest:,} tokens, data.max_length is {max_length:,}",
             fix="raise data.max_length, or choose data.truncation: drop, truncate or split",
-            where=_where(conversation.origin),
+            where=where_of(conversation.origin),
         )
     if truncation == "drop":
         short = [sample for sample in encoded if len(sample) <= max_length]
@@ -76,7 +76,8 @@ def fit_record(
     return _keep_labelled(parts, counts)
 
 
-def _where(origin: str) -> Location | None:
+def where_of(origin: str) -> Location | None:
+    """`file:line` of a record as a Location."""
     if not origin:
         return None
     path, _, line = origin.rpartition(":")

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from affina.data.formats import Columns, DetectedFormat, Format, detect_format, to_conversation
+from affina.config.objectives import Records
+from affina.data.formats import Columns, DetectedFormat, Format
 from affina.data.messages import Conversation, Message
+from affina.data.preference_formats import detect_records, unread_label
+from affina.data.preferences import to_conversations
 from affina.data.records import RawRecord, RecordProblem
 from affina.data.sources import DEFAULT_MAX_RECORD_BYTES, Source, open_source
 from affina.errors import AffinaError, AffinaErrors, DataError, Location
@@ -63,10 +66,13 @@ def validate_conversation(conversation: Conversation, location: Location) -> lis
 
 def cut_after_last_reply(conversation: Conversation) -> Conversation:
     """The conversation without the turns that follow its last reply; unchanged when there are none, or no reply."""
-    last = max((index for index, m in enumerate(conversation.messages) if m.role == "assistant"), default=-1)
-    if last < 0 or last == len(conversation.messages) - 1:
-        return conversation
-    return replace(conversation, messages=conversation.messages[: last + 1])
+    rejected = tuple(_cut_after_last_reply(turns) for turns in conversation.rejected)
+    return replace(conversation, messages=_cut_after_last_reply(conversation.messages), rejected=rejected)
+
+
+def _cut_after_last_reply(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    return messages[: last + 1] if last >= 0 else messages
 
 
 def _problem(code: str, location: Location, reason: str, fix: str) -> RecordProblem:
@@ -118,7 +124,8 @@ def _order_fault(previous: Message | None, message: Message) -> tuple[str, str] 
             return None
         return "is not the first: only the first message may be a system message", "move it to the start, or merge it"
     if before in (None, "system"):
-        if message.role == "user":
+        # A greeting that is context, as in a prompt that the assistant opens, is no reply to learn.
+        if message.role == "user" or (message.role == "assistant" and not message.train):
             return None
         return "comes before any user message", "start with a user message, or remove this one"
     if message.role == "user":
@@ -341,7 +348,9 @@ class ConversationStream:
         system_prompt: str | None,
         cache_directory: Path | None,
         streaming: bool,
+        wanted: Records = "replies",
     ) -> None:
+        self._wanted: Records = wanted
         self._specs = tuple(specs)
         self._on_error = on_error
         self._system_prompt = system_prompt
@@ -360,7 +369,7 @@ class ConversationStream:
         """sha256 over the content of all sources and everything here that decides what comes out."""
         import hashlib
 
-        digest = hashlib.sha256(f"{self._on_error}|{self._system_prompt!r}".encode())
+        digest = hashlib.sha256(f"{self._on_error}|{self._system_prompt!r}|{self._wanted}".encode())
         for spec, source in zip(self._specs, self._opened, strict=True):
             digest.update(f"{spec.format}|{spec.columns}|{spec.max_records}|{source.fingerprint()};".encode())
         return digest.hexdigest()
@@ -398,36 +407,57 @@ class ConversationStream:
         # Files of one folder may differ in format, so each is looked at anew.
         for name, group in itertools.groupby(records, key=_file_of):
             head = list(itertools.islice(group, _PROBE_RECORDS))
-            detected = detect_format(
+            detected = detect_records(
                 [record.value for record in head],
+                wanted=self._wanted,
                 format=spec.format,
                 columns=spec.columns,
                 where=Location(name),
             )
             _add_once(summary.formats, f"{detected.format}: {detected.why}")
+            if self._wanted == "replies" and (label := unread_label([record.value for record in head])) is not None:
+                self._take_problem(_label_not_read(label, head[0].location), summary)
             for record in itertools.chain(head, group):
                 if spec.max_records is not None and summary.num_kept >= spec.max_records:
                     return
                 summary.num_read += 1
-                conversation = self._conversation(record, detected, index, summary)
+                conversations = self._conversations(record, detected, index, summary)
                 if self._errors:
                     num_after_first_error += 1
                     if num_after_first_error > _RECORDS_AFTER_FIRST_ERROR:
                         self.raise_errors()
-                elif conversation is not None:
+                elif conversations:
                     summary.num_kept += 1
-                    yield conversation
+                    yield from conversations
 
-    def _conversation(
+    def _conversations(
         self, record: RawRecord, detected: DetectedFormat, index: int, summary: SourceSummary
-    ) -> Conversation | None:
-        """The record as a valid conversation; None after its problems were taken down."""
+    ) -> list[Conversation]:
+        """The record as valid conversations: one, or of a tree one for each question; [] after its problems were
+        taken down."""
         try:
-            conversation = to_conversation(record, detected, source=index)
+            conversations = to_conversations(record, detected, wanted=self._wanted, source=index)
         except DataError as error:
             self._take_problem(_problem_of(error, record.location), summary)
-            return None
-        problems = validate_conversation(conversation, record.location)
+            return []
+        if not conversations:
+            reason = "no reply of the record is better than another"
+            fix = "nothing to do: it is left out"
+            self._take_problem(RecordProblem("no-preference", record.location, reason, fix, "warning"), summary)
+        num_skipped = summary.num_skipped
+        kept = [self._checked(conversation, record.location, summary) for conversation in conversations]
+        if summary.num_skipped > num_skipped + 1:  # one record, however many of its questions are faulty
+            self.problems.num_skipped -= summary.num_skipped - num_skipped - 1
+            summary.num_skipped = num_skipped + 1
+        return [conversation for conversation in kept if conversation is not None]
+
+    def _checked(self, conversation: Conversation, location: Location, summary: SourceSummary) -> Conversation | None:
+        """The conversation as it can be used; None after its problems were taken down."""
+        problems = validate_conversation(conversation, location)
+        for turns in conversation.rejected:
+            seen = set(problems)
+            other = validate_conversation(replace(conversation, messages=turns, rejected=()), location)
+            problems += [replace(p, reason=f"in the rejected conversation, {p.reason}") for p in other if p not in seen]
         if self._on_error == "skip":
             problems = [
                 replace(problem, severity="repaired") if problem.code == "no-final-reply" else problem
@@ -448,7 +478,9 @@ class ConversationStream:
         messages = conversation.messages
         if self._system_prompt is None or not messages or messages[0].role == "system":
             return conversation
-        return replace(conversation, messages=(Message("system", self._system_prompt), *messages))
+        system = Message("system", self._system_prompt)
+        rejected = tuple((system, *turns) for turns in conversation.rejected)
+        return replace(conversation, messages=(system, *messages), rejected=rejected)
 
     def _take_problem(self, problem: RecordProblem, summary: SourceSummary, *, is_first: bool = True) -> None:
         self.problems.add(problem)
@@ -489,6 +521,7 @@ def read_conversations(
     system_prompt: str | None = None,
     cache_directory: Path | None = None,
     streaming: bool = False,
+    wanted: Records = "replies",
 ) -> ConversationStream:
     """A stream of the valid conversations of `sources`, in order, with `Conversation.source` set to the source's index.
 
@@ -496,6 +529,7 @@ def read_conversations(
                    and listed in `.problems`
     system_prompt: put in front of conversations that have none
     streaming:     hub data sets are read over the network instead of being downloaded first
+    wanted:        what the objective learns from
     raises:        DataError at once when a source does not exist; while reading for faults of files and formats
     """
     return ConversationStream(
@@ -505,6 +539,17 @@ def read_conversations(
         system_prompt=system_prompt,
         cache_directory=cache_directory,
         streaming=streaming,
+        wanted=wanted,
+    )
+
+
+def _label_not_read(label: str, location: Location) -> RecordProblem:
+    return RecordProblem(
+        "label-not-read",
+        location,
+        f'"{label}" says that some replies are not wanted, and all of them are trained',
+        "write training.objective: kto, or leave the unwanted ones out",
+        "warning",
     )
 
 

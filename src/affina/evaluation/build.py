@@ -89,7 +89,15 @@ def choose_samples(data: RunData, settings: EvaluationConfig) -> tuple[list[Samp
     indices = _draw(len(store), settings.max_records, settings.seed)
     group_of = {conversation.origin: conversation.group for conversation in data.validation_conversations}
     origins = [store.origin(index) for index in indices]
-    return store.take(indices), [group_of.get(origin) or origin or None for origin in origins]
+    samples = [preferred_reply(sample) for sample in store.take(indices)]
+    groups = [group_of.get(origin) or origin or None for origin in origins]
+    kept = [index for index, sample in enumerate(samples) if sample is not None]
+    return [sample for sample in samples if sample is not None], [groups[index] for index in kept]
+
+
+def preferred_reply(sample: Sample) -> Sample | None:
+    """What of a sample a good model finds likely: all of it, the chosen text of a pair, a wanted reply; else None."""
+    return None if sample.desirable is False else sample.split()[0]
 
 
 def choose_tasks(
@@ -102,7 +110,8 @@ def choose_tasks(
     order = _draw(len(store), len(store), settings.seed, is_sorted=False)
     room = None if context_tokens is None else max(context_tokens - settings.max_new_tokens, context_tokens // 2)
     return build_tasks(
-        store.select(order),
+        # A reply that is labelled unwanted is nothing to compare with.
+        (record for record in store.select(order) if record.desirable is not False),
         lambda messages, tools: data.template.prompt_ids(messages, tools, enable_thinking=data.enable_thinking),
         match=settings.match,
         max_tasks=settings.max_generations,

@@ -352,6 +352,14 @@ def _small_charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
         ("Learning rate", "learning_rate", 1.0),
         ("Gradient norm", "grad_norm", 1.0),
         ("Tokens per second", "tokens_per_second", 1.0),
+        # Of preference objectives; a metric that a run does not have gets no chart.
+        ("Reward margin", "reward_margin", 1.0),
+        ("Pairs in the right order", "reward_accuracy", 1.0),
+        ("Reward of chosen replies", "reward_chosen", 1.0),
+        ("Reward of rejected replies", "reward_rejected", 1.0),
+        ("Reward of wanted replies", "reward_desirable", 1.0),
+        ("Reward of unwanted replies", "reward_undesirable", 1.0),
+        ("KL estimate", "kl_estimate", 1.0),
     )
     charts = []
     for title, key, scale in wanted:

@@ -25,6 +25,11 @@ and the sum over rows are float32. A float16 gradient is made of terms in [−1,
 multiplied by a loss scale, so scaling neither overflows nor rescues it: probabilities below 6e-8 are dropped, whose
 sum over 150,000 entries is below 1% of one head weight.
 
+**Losses row by row** (`linear_token_losses`). What arrives in the backward pass is then one number g_n for each row,
+and a row's loss depends on its own hidden state alone, so `∂L/∂h_n = g_n · ∂loss_n/∂h_n`: the same gradient is made in
+the forward pass, and the backward pass scales its rows. That is all that objectives need which compare sums of
+log-probabilities; neither logits nor a second product with the head are kept for them.
+
 **When the head itself is trained** its gradient needs the logits again; then the plain differentiable path is used.
 
 **On a GPU** the elementwise part of a chunk is one Triton kernel (`affina.kernels.triton.linear_cross_entropy`), one
@@ -116,6 +121,34 @@ def linear_cross_entropy(
     return loss
 
 
+def linear_token_losses(
+    hidden: Tensor,
+    weight: Tensor | ExpandableRows,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """[N] float32 cross-entropy of every row, minus the log-probability of its target, with a gradient for `hidden`.
+
+    Arguments as in `linear_cross_entropy`; no target may be -100.
+    """
+    head_is_trained = isinstance(weight, Tensor) and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if head_is_trained and torch.is_grad_enabled():
+        assert isinstance(weight, Tensor)
+        return _plain_losses(hidden, weight, targets, bias, softcap, logit_scale)
+    if not (hidden.requires_grad and torch.is_grad_enabled()):
+        return token_losses(
+            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
+        )
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
+    bias = bias.detach() if bias is not None else None
+    losses: Tensor = _FrozenHeadTokenLosses.apply(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
+    return losses
+
+
 @torch.no_grad()
 def token_losses(
     hidden: Tensor,
@@ -163,6 +196,23 @@ def linear_cross_entropy_and_gradient(
     Everything else as in `linear_cross_entropy`, but rows with -100 are computed too: loss 0 and a gradient of zeros.
     Nothing waits for the device and all shapes are known in advance, so the call can be captured in a CUDA graph.
     """
+    losses, gradient = _losses_and_gradient(
+        hidden, weight, targets, bias, softcap, logit_scale, chunk_rows, gradient_out
+    )
+    return losses.sum(), gradient
+
+
+def _losses_and_gradient(
+    hidden: Tensor,
+    weight: Tensor | ExpandableRows,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    gradient_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[N] float32 losses and [N, D] the gradient of each by its own row."""
     gradient = gradient_out if gradient_out is not None else torch.empty_like(hidden)
     assert gradient.shape == hidden.shape, f"{tuple(gradient.shape)} memory for {tuple(hidden.shape)} gradients"
     assert gradient.dtype == hidden.dtype, f"{gradient.dtype} memory for {hidden.dtype} gradients"
@@ -170,12 +220,12 @@ def linear_cross_entropy_and_gradient(
     if not isinstance(weight, Tensor):
         options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
         tiled_cross_entropy(hidden, weight, targets, losses=losses, gradient=gradient, chunk_rows=chunk_rows, **options)
-        return losses.sum(), gradient
+        return losses, gradient
     weight = weight.to(hidden.dtype)
     for part in _chunks(hidden, weight, chunk_rows):
         error = _error_of_chunk(hidden[part], weight, targets[part], losses[part], bias, softcap, logit_scale)
         torch.mm(error, weight, out=gradient[part])
-    return losses.sum(), gradient
+    return losses, gradient
 
 
 def _error_of_chunk(
@@ -304,13 +354,24 @@ def _plain_loss(
     logit_scale: float,
 ) -> Tensor:
     """The specification: whole logits, every gradient by autograd."""
+    return _plain_losses(hidden, weight, targets, bias, softcap, logit_scale).sum()
+
+
+def _plain_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
     if bias is not None:
         logits = logits + bias.float()
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -344,4 +405,28 @@ class _FrozenHeadLoss(torch.autograd.Function):
         if scaled is None:
             # The factor (loss scale over token count) may lie outside float16's range although the product does not.
             scaled = (gradient.float() * grad_outputs[0]).to(gradient.dtype)
+        return scaled, None, None, None, None, None, None
+
+
+class _FrozenHeadTokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | ExpandableRows,
+        targets: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_rows: int | None,
+    ) -> Tensor:
+        losses, gradient = _losses_and_gradient(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # In float32: a factor may lie outside float16's range although the product does not.
+        scaled = (gradient.float() * grad_outputs[0].unsqueeze(1)).to(gradient.dtype)
         return scaled, None, None, None, None, None, None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from affina.catalog.context import context_tokens
 from affina.catalog.decoder_shape import decoder_shape
 from affina.catalog.methods import method_named
+from affina.config.objectives import OBJECTIVES
 from affina.config.rules import longer_than_context, room_for_samples
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
@@ -30,6 +31,7 @@ from affina.models.fast import attach_fast_engine
 from affina.models.forward import compute_dtype_of, isolation_of
 from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.quantized_checkpoint import options_of_checkpoint
+from affina.models.reward_head import SCORE_NAME, add_reward_head
 from affina.models.safetensors_file import checkpoint_tensors, read_tensor
 from affina.models.structure import text_config
 from affina.models.weights import (
@@ -85,6 +87,8 @@ def check_before_data(config: RunConfig) -> None:
     options = options_of_checkpoint(stored, model.path) if stored is not None else weight_format(config)
     if options is not None and options.layer is Fp8Linear:
         check_fp8(device, torch.float32)
+    if config.training.objective == "distill" and config.training.distillation.teacher is not None:
+        check_causal_lm(config.training.distillation.teacher)
     context = context_tokens(raw_config)
     if context is not None and config.data.max_length > room_for_samples(config, context):
         raise longer_than_context(config, context)
@@ -104,7 +108,16 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     base, device, notes = _load_base(config)
     identity = base_identity(base)  # before anything of it is trained
     method = method_named(config.adapter.method)
-    model = attach_adapter(base, method=method.name, seed=config.training.seed, options=_adapter_options(config))
+    is_reward = config.training.objective == "reward"
+    if is_reward:
+        add_reward_head(base, seed=config.training.seed)
+    model = attach_adapter(
+        base,
+        method=method.name,
+        seed=config.training.seed,
+        options=_adapter_options(config),
+        trained_modules=(SCORE_NAME,) if is_reward else (),
+    )
     if method.name == "loftq":
         assert isinstance(model, PeftModel)
         start_from_quantization_error(model, ADAPTER_NAME, _original_weights(config))
@@ -152,6 +165,8 @@ def load_for_inference(config: RunConfig, adapter: Path) -> LoadedModel:
     """
     base, device, notes = _load_base(config)
     identity = base_identity(base)
+    if config.training.objective == "reward":
+        add_reward_head(base, seed=config.training.seed)
     return _describe(load_adapter(base, adapter), base, identity, config, device, notes)
 
 
@@ -241,6 +256,18 @@ def count_parameters(model: torch.nn.Module) -> int:
 def _attach_engine(model: nn.Module, config: RunConfig, notes: list[str]) -> bool:
     """Attach the fast engine where the config wants it and it runs this model; whether it is attached."""
     if config.engine.path == "reference":
+        return False
+    objective = config.training.objective
+    if not OBJECTIVES[objective].runs_fast:
+        reason = f"training.objective {objective} needs more than the supervised cross-entropy"
+        if config.engine.path == "fast":
+            raise ModelError(
+                "engine-unsupported",
+                f"engine.path is fast, and the fused decoder does not compute training.objective {objective}",
+                why=reason,
+                fix="write `engine: auto`: it takes transformers' own forward here",
+            )
+        notes.append(f"engine: reference, because {reason}")
         return False
     memory = config.engine.memory
     attached = attach_fast_engine(

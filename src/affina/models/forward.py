@@ -15,7 +15,7 @@ predicts the next one's first token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.errors import ModelError
-from affina.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses, token_losses
+from affina.kernels.linear_row_losses import RowLosses, linear_logits, linear_row_losses
 from affina.kernels.logits import finish_logits, head_product
 from affina.kernels.packed_attention import Documents
 from affina.models.adapters.trained_weights import trained_weights_of
@@ -62,6 +63,13 @@ class Batch(Protocol):
     def num_supervised(self) -> int: ...
 
 
+class ScoredBatch(Batch, Protocol):
+    """A batch that knows how many tokens of each document are supervised: [S]."""
+
+    @property
+    def supervised_lengths(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Isolation:
     """How documents of one row are kept apart in a model, and why.
@@ -88,6 +96,83 @@ def supervised_loss(model: nn.Module, batch: Batch, *, layout: Layout | None = N
     selected = _selected_hidden(model, batch, layout)
     loss = _loss_of_hidden(model, selected.hidden, selected.targets)
     return loss, batch.num_supervised
+
+
+def document_log_probabilities(model: nn.Module, batch: ScoredBatch, *, layout: Layout | None = None) -> Tensor:
+    """[S] float32: Σ log p(supervised token | what is before it), of every document of the row; 0 where none is.
+
+    By the reference path, with gradients for whatever in `model` requires them. The logits of a chunk of tokens exist
+    at a time, never those of the row.
+    """
+    losses = supervised_losses(model, batch, layout=layout)
+    # Added up document by document and not by index, so that a GPU adds in the same order every time.
+    parts = torch.split(losses, list(batch.supervised_lengths))
+    return -torch.stack([part.sum() for part in parts])
+
+
+def supervised_losses(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[N] float32: cross-entropy of each supervised token, in the order of the row, with gradients."""
+    selected = _selected_hidden(model, batch, layout)
+    head = verified_head(model)
+    if head is None:
+        with compute_context(model):
+            logits = _logits_by_module(base_model_of(model), selected.hidden)
+        return nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
+    return linear_token_losses(
+        selected.hidden,
+        head.weight,
+        selected.targets,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+    )
+
+
+def supervised_row_losses(
+    model: nn.Module, batch: Batch, row_losses: RowLosses, *, layout: Layout | None = None
+) -> Tensor:
+    """[N] float32: `row_losses` of the logits that predict each supervised token, with gradients.
+
+    row_losses: gets the logits of a chunk of these tokens and says which they are; see kernels/linear_row_losses.py
+    """
+    selected = _selected_hidden(model, batch, layout)
+    head = verified_head(model)
+    if head is None:
+        with compute_context(model):
+            logits = _logits_by_module(base_model_of(model), selected.hidden)
+        return row_losses(logits.float(), slice(0, logits.shape[0]))
+    return linear_row_losses(
+        selected.hidden,
+        head.weight,
+        row_losses,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+    )
+
+
+@torch.no_grad()
+def supervised_logits_reader(
+    model: nn.Module, batch: Batch, *, layout: Layout | None = None
+) -> Callable[[slice], Tensor]:
+    """A function that computes the float32 logits that predict the supervised tokens of a slice; no gradient."""
+    selected = _selected_hidden(model, batch, layout)
+    head = verified_head(model)
+
+    @torch.no_grad()
+    def read(part: slice) -> Tensor:
+        hidden = selected.hidden[part]
+        if head is None:
+            return _logits_by_module(base_model_of(model), hidden).float()
+        return linear_logits(hidden, head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.scale)
+
+    return read
+
+
+def last_hidden_states(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
+    """[S, D] the body's output for the last token of every document of the row."""
+    ends = batch.cu_seqlens[1:].long() - 1
+    return hidden_states(model, batch, layout=layout).index_select(0, ends)
 
 
 @torch.no_grad()

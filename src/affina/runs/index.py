@@ -15,7 +15,8 @@ from affina.runs.directory import RunDirectory, Status
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One line of `affina runs`. Losses in nats per supervised token; accuracies as shares."""
+    """One line of `affina runs`. Losses are the objective's own (of sft: nats per supervised token); accuracies are
+    shares."""
 
     name: str
     path: Path
@@ -91,9 +92,12 @@ def summarize(run: RunDirectory) -> RunSummary:
 
 def _method(manifest: dict[str, Any]) -> str | None:
     method = manifest.get("method")
-    if method is not None and manifest.get("quantization") not in (None, "none"):
-        return f"{method} on {manifest['quantization']}"
-    return method
+    if method is None:
+        return None
+    if manifest.get("quantization") not in (None, "none"):
+        method = f"{method} on {manifest['quantization']}"
+    objective = manifest.get("objective", "sft")
+    return str(method) if objective == "sft" else f"{method}, {objective}"
 
 
 def read_evaluation(run: RunDirectory) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Callbacks observe; they never change the run. A callback that fails is reported 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from affina.runs.directory import RunDirectory, now
@@ -32,7 +32,11 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimiser step. loss: mean over the step's supervised tokens, in nats. seconds: since the run's start."""
+    """One optimiser step. seconds: since the run's start.
+
+    loss:      mean over the step's supervised tokens, pairs or replies, in nats
+    objective: what the objective measures besides: rewards, their margin, …
+    """
 
     step: int
     epoch: float
@@ -44,16 +48,18 @@ class StepMetrics:
     num_supervised: int
     seconds: float
     memory_bytes: int
+    objective: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationMetrics:
-    """loss: mean over all supervised tokens of the validation set, in nats."""
+    """validation_loss: the objective's own, over the whole validation set. objective: as in `StepMetrics`."""
 
     step: int
     epoch: float
     validation_loss: float
     is_best: bool
+    objective: Mapping[str, float] = field(default_factory=dict)
 
 
 class Callback(Protocol):
@@ -93,10 +99,14 @@ class RunFiles(BaseCallback):
         self._events = JsonLinesFile(run.events_file)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        self._metrics.append(asdict(metrics))
+        values = asdict(metrics)
+        measured = values.pop("objective")
+        self._metrics.append(values | measured)
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
-        self._metrics.append(asdict(metrics))
+        values = asdict(metrics)
+        measured = {f"validation_{name}": value for name, value in values.pop("objective").items()}
+        self._metrics.append(values | measured)
 
     def on_event(self, kind: str, message: str, facts: dict[str, Any]) -> None:
         self._events.append({"time": now(), "kind": kind, "message": message, **facts})

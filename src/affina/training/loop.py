@@ -1,14 +1,15 @@
 """The training loop. There is one, and this is it.
 
     for each optimiser step:
-        micro-batches of the step ──► objective ──► sum of losses / supervised tokens of the WHOLE step ──► backward
+        micro-batches of the step ──► objective ──► sum of losses / examples of the WHOLE step ──► backward
         clip ──► optimiser, with the learning rate of this step
         now and then: log, validate, save
 
 Three decisions keep it short and exact.
 
-* The objective returns a sum and a count. The sums of all micro-batches are divided by the step's total count before
-  the backward pass, so gradients do not depend on how a step is cut into micro-batches or rows.
+* The objective returns sums and a count (of supervised tokens, of pairs). The sums of all micro-batches are divided by
+  the step's total count before the backward pass, so gradients do not depend on how a step is cut into micro-batches or
+  rows.
 * Whatever changes from step to step is a pure function of the step number: which samples (`source`), the learning
   rate (`schedule`), the random numbers of dropout (`seed_step`). Hence a checkpoint is the adapter, the optimiser and
   a few counters, and a resumed run repeats bit for bit what an uninterrupted run would have done.
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from affina.errors import TrainingError
 from affina.training.callbacks import Observers, StepMetrics, ValidationMetrics
 from affina.training.loss_scale import LossScale
-from affina.training.objectives import Objective
+from affina.training.objectives import MetricSums, Objective
 from affina.training.optim import LEARNING_RATE_FACTOR, FlatAdamW
 from affina.training.state import TrainState
 
@@ -81,6 +82,14 @@ class LoopSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The objective's loss over the validation set, and what else it measures there."""
+
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 def train(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -92,7 +101,7 @@ def train(
     settings: LoopSettings,
     state: TrainState,
     loss_scale: LossScale,
-    validate: Callable[[], float] | None,
+    validate: Callable[[], Validation] | None,
     save: Callable[[TrainState], None],
     observers: Observers,
     stop_requested: Callable[[], bool],
@@ -117,11 +126,11 @@ def train(
         batches = source.step(state.step)
         num_supervised = sum(batch.num_supervised for batch in batches)
 
-        loss = accumulate(
+        loss, metrics = accumulate(
             model,
             batches,
             objective,
-            num_supervised=num_supervised,
+            step=state.step,
             loss_scale=loss_scale.scale,
             begin=lambda: seed_step(settings.seed, state.step),
             make_room=lambda: _make_room(make_room, optimizer, observers, state.step),
@@ -162,6 +171,7 @@ def train(
                     num_supervised=state.num_supervised,
                     seconds=state.seconds,
                     memory_bytes=memory_bytes(),
+                    objective=metrics.means(),
                 )
             )
         is_best = False
@@ -226,13 +236,14 @@ def accumulate(
     batches: Sequence[Any],
     objective: Objective,
     *,
-    num_supervised: int,
+    step: int,
     loss_scale: float,
     begin: Callable[[], None],
     make_room: Callable[[], bool],
     regularization: Callable[[], Tensor | None] | None = None,
-) -> Tensor:
-    """Σ losses / num_supervised, [] float32, with its gradients, times `loss_scale`, in the parameters.
+) -> tuple[Tensor, MetricSums]:
+    """Σ losses / count of the step, [] float32, with its gradients, times `loss_scale`, in the parameters; and what the
+    objective measured.
 
     begin:     called before the first batch; seeds the step
     make_room: called when memory runs out; drops the gradients that are there, and says whether a repetition will need
@@ -242,15 +253,17 @@ def accumulate(
     while True:
         begin()
         try:
-            losses = []
-            for batch in batches:
-                loss_sum, _ = objective(model, batch)
-                (loss_sum * (loss_scale / num_supervised)).backward()  # type: ignore[no-untyped-call]
-                losses.append(loss_sum.detach() / num_supervised)
+            losses, metrics = [], MetricSums()
+            prepared = objective.prepare(model, batches, step=step)
+            for batch in prepared.batches:
+                found = prepared.loss(model, batch)
+                (found.loss * (loss_scale / prepared.count)).backward()  # type: ignore[no-untyped-call]
+                losses.append(found.loss.detach() / prepared.count)
+                metrics.add(found.metrics)
             term = regularization() if regularization is not None else None
             if term is not None:
                 (term * loss_scale).backward()  # type: ignore[no-untyped-call]
-            return torch.stack(losses).sum()
+            return torch.stack(losses).sum(), metrics
         except torch.OutOfMemoryError:
             if not make_room():
                 raise
@@ -305,7 +318,7 @@ def _count_skip(
 
 def _validate(
     model: nn.Module,
-    validate: Callable[[], float],
+    validate: Callable[[], Validation],
     state: TrainState,
     epoch: float,
     settings: LoopSettings,
@@ -316,14 +329,15 @@ def _validate(
     Returns whether this loss is the best so far.
     """
     model.eval()
-    loss = validate()
+    measured = validate()
+    loss = measured.loss
     model.train()
     is_best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
     if is_best:
         state.best_validation_loss, state.best_step, state.num_validations_without_gain = loss, state.step, 0
     else:
         state.num_validations_without_gain += 1
-    observers.validation(ValidationMetrics(step=state.step, epoch=epoch, validation_loss=loss, is_best=is_best))
+    observers.validation(ValidationMetrics(state.step, epoch, loss, is_best, measured.metrics))
     patience = settings.early_stopping_patience
     if patience is not None and state.num_validations_without_gain >= patience and state.step < settings.num_steps:
         state.stop_reason = "early-stopping"

@@ -48,9 +48,10 @@ from affina.training.build import (
 from affina.training.callbacks import Callback, Observers, RunFacts, RunFiles
 from affina.training.checkpoint import CheckpointWriter, restore_optimizer, restore_state
 from affina.training.determinism import deterministic_kernels
-from affina.training.loop import BatchSource, train
+from affina.training.loop import BatchSource, Validation, train
 from affina.training.loss_scale import LossScale
-from affina.training.objectives.sft import sft_objective
+from affina.training.objectives import MetricSums, Objective
+from affina.training.objectives.build import build_objective
 from affina.training.optim import build_optimizer, describe_saving
 from affina.training.optimizer_state import OptimizerState
 from affina.training.signals import stop_on_signals
@@ -166,6 +167,7 @@ def run_training(
             tokens_per_step=tokens_per_step,
         )
     )
+    objective = build_objective(config, tokenizer, loaded)
     peak = PeakMemory(device)
     loss_scale = LossScale.for_precision(is_float16=loaded.compute_dtype is torch.float16)
     if checkpoint is not None and loss_scale.enabled:
@@ -182,13 +184,15 @@ def run_training(
                 model,
                 parameters,
                 source,
-                sft_objective,
+                objective,
                 optimizer,
                 build_schedule(config.training, num_steps=num_steps),
                 settings=settings,
                 state=state,
                 loss_scale=loss_scale,
-                validate=_build_validator(config, data.validation, tokenizer, loaded) if validation_tokens else None,
+                validate=_build_validator(config, data.validation, tokenizer, loaded, objective)
+                if validation_tokens
+                else None,
                 save=writer,
                 observers=observers,
                 stop_requested=lambda: bool(stop),
@@ -240,7 +244,7 @@ def _probe_backward(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Non
     """One small forward and backward pass; leaves no gradients and no trace in the random state."""
     with torch.random.fork_rng():
         loss, _ = supervised_loss(model, probe_batch(model))
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        torch.autograd.grad(loss, parameters, allow_unused=True)  # a reward model's head is no part of this loss
 
 
 def publish_adapter(run: RunDirectory, step: int) -> Checkpoint:
@@ -374,24 +378,25 @@ def _tokens_per_step(config: RunConfig, data: RunData) -> float:
 
 
 def _build_validator(
-    config: RunConfig, store: SampleStore, tokenizer: LoadedTokenizer, loaded: LoadedModel
-) -> Callable[[], float]:
-    """Mean loss over the supervised tokens of the validation set, in the training's own precision."""
+    config: RunConfig, store: SampleStore, tokenizer: LoadedTokenizer, loaded: LoadedModel, objective: Objective
+) -> Callable[[], Validation]:
+    """The objective's loss over the validation set, in the training's own precision."""
 
     @torch.no_grad()
-    def validate() -> float:
-        total, count = 0.0, 0
-        for batch in validation_batches(
+    def validate() -> Validation:
+        total, metrics = 0.0, MetricSums()
+        batches = validation_batches(
             store,
             row_tokens=max(config.data.max_length * config.training.micro_batch_size, 1024),
             pad_token_id=tokenizer.pad_id,
-            device=loaded.device,
             max_samples=config.data.max_validation_records,
-        ):
-            loss_sum, num_supervised = supervised_loss(loaded.model, batch)
-            total += float(loss_sum)
-            count += num_supervised
-        return total / count if count else math.nan
+        )
+        prepared = objective.prepare(loaded.model, [batch.to(loaded.device) for batch in batches], step=None)
+        for batch in prepared.batches:
+            found = prepared.loss(loaded.model, batch)
+            total += float(found.loss)
+            metrics.add(found.metrics)
+        return Validation(total / prepared.count if prepared.count else math.nan, metrics.means())
 
     return validate
 

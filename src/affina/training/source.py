@@ -112,18 +112,16 @@ def name_samples(indices: Iterable[int], *, limit: int = 8) -> str:
     return f"samples {shown}" + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
 
 
-def validation_batches(
-    store: SampleStore, *, row_tokens: int, pad_token_id: int, device: torch.device, max_samples: int
-) -> Iterator[Batch]:
+def validation_batches(store: SampleStore, *, row_tokens: int, pad_token_id: int, max_samples: int) -> Iterator[Batch]:
     """Validation samples laid end to end in rows of at most `row_tokens` tokens, in their stored order."""
     row: list[Sample] = []
     used = 0
     for index in range(min(len(store), max_samples)):
         sample = store[index]
         if row and used + len(sample) > row_tokens:
-            yield collate(row, num_tokens=None, pad_token_id=pad_token_id).to(device)
+            yield collate(row, num_tokens=None, pad_token_id=pad_token_id)
             row, used = [], 0
         row.append(sample)
         used += len(sample)
     if row:
-        yield collate(row, num_tokens=None, pad_token_id=pad_token_id).to(device)
+        yield collate(row, num_tokens=None, pad_token_id=pad_token_id)

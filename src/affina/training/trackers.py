@@ -38,10 +38,12 @@ class _ScalarTracker(BaseCallback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch", "num_tokens", "memory_bytes")
-        self.log_scalars({f"train/{name}": float(getattr(metrics, name)) for name in names}, metrics.step)
+        scalars = {name: float(getattr(metrics, name)) for name in names} | dict(metrics.objective)
+        self.log_scalars({f"train/{name}": value for name, value in scalars.items()}, metrics.step)
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
-        self.log_scalars({"validation/loss": metrics.validation_loss}, metrics.step)
+        scalars = {"loss": metrics.validation_loss, **metrics.objective}
+        self.log_scalars({f"validation/{name}": value for name, value in scalars.items()}, metrics.step)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         self.close()

@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -65,23 +66,27 @@ def _message_text(message: Message) -> str:
 
 def conversation_hash(conversation: Conversation) -> str:
     """sha256 of everything in the conversation that training sees; where it came from does not matter."""
-    content = [
-        conversation.text,
-        conversation.tools,
-        [
-            [
-                message.role,
-                message.content,
-                message.reasoning,
-                [[call.name, call.arguments, call.id] for call in message.tool_calls],
-                message.tool_call_id,
-                message.name,
-                message.train,
-            ]
-            for message in conversation.messages
-        ],
-    ]
+    content: list[Any] = [conversation.text, conversation.tools, _turns_content(conversation.messages)]
+    if conversation.rejected:
+        content.append([_turns_content(turns) for turns in conversation.rejected])
+    if conversation.desirable is not None:
+        content.append(conversation.desirable)
     return hashlib.sha256(_canonical_json(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _turns_content(messages: Sequence[Message]) -> list[list[Any]]:
+    return [
+        [
+            message.role,
+            message.content,
+            message.reasoning,
+            [[call.name, call.arguments, call.id] for call in message.tool_calls],
+            message.tool_call_id,
+            message.name,
+            message.train,
+        ]
+        for message in messages
+    ]
 
 
 def _canonical_json(value: Any) -> str:

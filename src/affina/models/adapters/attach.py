@@ -47,11 +47,13 @@ def attach_adapter(
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    trained_modules: Sequence[str] = (),
 ) -> PeftModel | PreTrainedModel:
     """`model` with a fresh adapter in float32, wrapped by PEFT; `model` itself where its own weights are trained.
 
     rank, alpha, dropout, targets: of the methods that have them; None: the method's default
     options: the method's other settings by their names in the section `adapter`
+    trained_modules: names of modules of the model that are trained in full and saved with the adapter: a scalar head
 
     The base is frozen. What is random is drawn from `seed` alone, on the CPU, so the same seed gives the same adapter
     on every device, and the global random state is left as it was. Most methods change nothing before the first step;
@@ -67,15 +69,20 @@ def attach_adapter(
     if "targets" in values and not isinstance(values["targets"], str):
         values["targets"] = tuple(values["targets"])
     settings = entry.settings(**values)
+    if trained_modules:
+        _refuse_trained_modules(entry)
     if entry.kind == "weights" and method != "layernorm":
         _refuse_formats(entry, [("its weights", layer) for layer in quantized_layers(model)])
         train_weights(model, settings)
         remember_settings(model, settings)
         return model
-    names = _target_names(model, entry, settings)
+    names = tuple(name for name in _target_names(model, entry, settings) if name not in trained_modules)
     _check_layers(model, entry, settings, names)
     prepare_layers(model, method, names)
     config = peft_config(settings, _site(model, settings, names))
+    if trained_modules:
+        # With a scalar head the adapter is one of transformers' sequence classification models.
+        config.task_type, config.modules_to_save = "SEQ_CLS", list(trained_modules)
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         adapted = _get_peft_model(model, config, entry)
@@ -119,7 +126,7 @@ def prepare_for_training(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or is_adapter_name(name):
             parameter.data = parameter.data.float()
-            assert is_adapter_name(name), f"{name} is trainable but no adapter"
+            assert is_adapter_name(name) or ".modules_to_save." in name, f"{name} is trainable but no adapter"
     if model.get_base_model().dtype != torch.float32:
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -163,6 +170,17 @@ def _check_layers(
     _refuse_formats(entry, layers)
     shapes = {name: weight_format.shape(layer) for name, layer in layers if (weight_format := format_of(layer))}
     check_sizes(entry, settings, shapes)
+
+
+def _refuse_trained_modules(entry: AdapterMethod) -> None:
+    """PEFT keeps a head beside low-rank factors, scalings and rotations; other methods have files of their own."""
+    if entry.kind not in ("low-rank", "scaling", "rotation") or entry.name in ("pissa", "olora"):
+        raise ModelError(
+            "adapter-unsupported",
+            f"a reward model's head is not trained beside {entry.title}",
+            why="the head would not be part of the adapter's file",
+            fix="write `adapter: lora`",
+        )
 
 
 def _refuse_formats(entry: AdapterMethod, layers: Sequence[tuple[str, nn.Module]]) -> None:

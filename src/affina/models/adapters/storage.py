@@ -390,6 +390,9 @@ def _refuse_other_methods(folder: Path, config: Mapping[str, Any]) -> None:
         return
     kind = config.get("peft_type")
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if config.get(name)]
+    if set(config.get("modules_to_save") or ()) <= {"score", "classifier"}:
+        # The head of a reward model, which affina writes; PEFT adds the other name that transformers uses.
+        unsupported = [name for name in unsupported if name != "modules_to_save"]
     if config.get("bias", "none") != "none":
         unsupported.append(f"bias {config['bias']}")
     method = _method_of_config(config)

@@ -1,0 +1,179 @@
+"""Objectives in the config: their defaults with sources, what does not go together, what has no effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from affina.config import load_config, load_mapping
+from affina.config.objectives import OBJECTIVES, SFT_LEARNING_RATE, names_with
+from affina.config.schema import TrainingConfig
+from affina.errors import AffinaErrors
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "dpo.yaml"
+
+
+def training(objective: str, **settings: Any) -> dict[str, Any]:
+    return {"training": {"objective": objective, **settings}}
+
+
+def test_every_objective_of_the_schema_is_described() -> None:
+    assert set(OBJECTIVES) == set(TrainingConfig.model_fields["objective"].annotation.__args__)  # type: ignore[union-attr]
+    assert names_with("pairs") == "dpo, orpo, simpo or reward"
+    assert names_with("labels") == "kto"
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "simpo"])
+def test_beta_and_learning_rate_are_derived_with_their_source(objective: str) -> None:
+    resolved = load_mapping(training(objective))
+    facts = OBJECTIVES[objective]
+    assert resolved.config.training.preference.beta == facts.beta
+    assert resolved.config.training.learning_rate == facts.learning_rate
+    for path in ("training.preference.beta", "training.learning_rate"):
+        origin = resolved.origins[path]
+        assert origin.kind == "derived"
+        assert "arXiv" in str(origin.reason)
+
+
+def test_what_the_user_writes_wins() -> None:
+    resolved = load_mapping(training("dpo", learning_rate=3e-5, preference={"beta": 0.3}))
+    assert (resolved.config.training.learning_rate, resolved.config.training.preference.beta) == (3e-5, 0.3)
+
+
+def test_a_presets_learning_rate_is_for_sft_and_is_kept_in_proportion() -> None:
+    preset = load_mapping({}, preset="production").config.training.learning_rate
+    resolved = load_mapping(training("dpo"), preset="production")
+    assert resolved.config.training.learning_rate == pytest.approx(preset * 5e-6 / SFT_LEARNING_RATE, rel=1e-2)
+    assert "in proportion to the preset's" in str(resolved.origins["training.learning_rate"].reason)
+    assert load_mapping(training("sft"), preset="production").config.training.learning_rate == preset
+
+
+def test_supervised_training_is_what_a_config_without_objective_is() -> None:
+    resolved = load_mapping({})
+    assert resolved.config.training.objective == "sft"
+    assert resolved.config.training.learning_rate == SFT_LEARNING_RATE
+    assert resolved.config.training.preference.beta is None
+
+
+def test_long_texts_are_split_and_reward_models_are_not_compared_by_replies() -> None:
+    assert load_mapping(training("cpt")).config.data.truncation == "split"
+    assert load_mapping(training("cpt")).config.evaluation.max_generations == 0
+    reward = load_mapping(training("reward"))
+    assert not reward.config.evaluation.enabled
+    assert "validation accuracy" in str(reward.origins["evaluation.enabled"].reason)
+
+
+def test_nested_settings_are_read_written_and_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training:\n  objective: dpo\n  preference:\n    loss: ipo\n")
+    resolved = load_config(file, ["training.preference.beta=0.5"])
+    assert (resolved.config.training.preference.loss, resolved.config.training.preference.beta) == ("ipo", 0.5)
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved.to_yaml())
+    assert load_config(again).config == resolved.config
+
+
+TAUGHT = {"distillation": {"teacher": "owner/teacher"}}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "code", "fix", "remedied"),
+    [
+        (
+            training("dpo") | {"data": {"truncation": "split"}},
+            "truncation-changes-preference", "truncation: drop", training("dpo") | {"data": {"truncation": "drop"}},
+        ),
+        (
+            training("distill") | {"data": {"truncation": "truncate"}},
+            "truncation-changes-preference", "drop",
+            training("distill", **TAUGHT) | {"data": {"truncation": "truncate"}},
+        ),
+        (
+            training("reward") | {"evaluation": {"enabled": True}},
+            "evaluation-of-reward", "metrics.jsonl", training("reward"),
+        ),
+        (
+            training("distill", distillation={"on_policy": 0.5}),
+            "on-policy-without-teacher", "training.distillation.teacher",
+            training("distill", distillation={"on_policy": 0.5, "teacher": "owner/teacher"}),
+        ),
+        (
+            training("distill", distillation={"divergence": 1.0}),
+            "divergence-needs-teacher", "training.distillation.teacher", training("distill"),
+        ),
+        (
+            training("distill", distillation={"temperature": 2.0}),
+            "divergence-needs-teacher", "remove both",
+            training("distill", distillation={"temperature": 2.0, "teacher": "owner/teacher"}),
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_and_its_remedy_is_not(
+    mapping: dict[str, Any], code: str, fix: str, remedied: dict[str, Any]
+) -> None:
+    with pytest.raises(AffinaErrors) as caught:
+        load_mapping(mapping)
+    (error,) = caught.value.errors
+    assert error.code == code
+    assert fix in str(error.fix)
+    load_mapping(remedied)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "path"),
+    [
+        (training("sft", preference={"beta": 0.2}), "training.preference.beta"),
+        (training("orpo", preference={"loss": "ipo"}), "training.preference.loss"),
+        (training("dpo", preference={"margin": 2}), "training.preference.margin"),
+        (training("dpo", preference={"desirable_weight": 2}), "training.preference.desirable_weight"),
+        (training("dpo", preference={"loss": "ipo", "label_smoothing": 0.1}), "training.preference.label_smoothing"),
+        (training("kto", distillation={"temperature": 2}), "training.distillation.temperature"),
+        (training("dpo") | {"data": {"mask": "last"}}, "data.mask"),
+    ],
+)
+def test_a_constant_that_the_objective_does_not_use_is_said(mapping: dict[str, Any], path: str) -> None:
+    notes = {note.path: note.what for note in load_mapping(mapping).warnings}
+    assert notes[path] == f"{path} has no effect"
+
+
+def test_used_constants_are_not_reported() -> None:
+    for mapping in (
+        training("dpo", preference={"beta": 0.2, "loss": "ipo"}),
+        training("simpo", preference={"beta": 2.5, "margin": 1.5, "label_smoothing": 0.1}),
+        training("kto", preference={"desirable_weight": 1.3}),
+        training("distill", distillation={"teacher": "owner/t", "on_policy": 0.5}),
+    ):
+        assert not [note for note in load_mapping(mapping).warnings if note.path.startswith("training.")]
+
+
+def test_a_learning_rate_of_another_objective_is_said() -> None:
+    mapping = training("dpo", learning_rate=2e-4) | {"model": "owner/model", "data": "owner/data"}
+    (note,) = [note for note in load_mapping(mapping).warnings if note.path == "training.learning_rate"]
+    assert "is high" in note.what
+    assert "for dpo about 5e-06 is usual" in note.why
+    low = training("sft", learning_rate=5e-6) | {"model": "owner/model", "data": "owner/data"}
+    assert any("is low" in note.what for note in load_mapping(low).warnings)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"training": {"rl": "dpo"}}, "training.objective"),
+        ({"training": {"dpo_beta": 0.1}}, "training.preference.beta"),
+    ],
+)
+def test_names_of_other_tools_lead_to_ours(written: dict[str, Any], meant: str) -> None:
+    with pytest.raises(AffinaErrors, match="unknown-key") as caught:
+        load_mapping(written)
+    assert meant in str(caught.value.errors[0].fix)
+
+
+def test_the_recipe_is_a_valid_config_whose_data_is_still_to_be_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    copy = tmp_path / "dpo.yaml"
+    copy.write_text(RECIPE.read_text(encoding="utf-8"))
+    resolved = load_config(copy)
+    assert resolved.config.training.objective == "dpo"
+    assert resolved.warnings == ()
