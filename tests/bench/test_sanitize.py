@@ -43,7 +43,7 @@ def test_the_cases_are_right_in_the_interpreted_kernels() -> None:
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import kernel_cases
 
-    dequantize = kernel_cases.nf4.dequantize_into
+    dequantize = kernel_cases.four_bit.dequantize_into
     calls: list[int] = []
 
     def broken(quantized, out):  # type: ignore[no-untyped-def]
@@ -51,9 +51,9 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         out = dequantize(quantized, out)
         return out * 1.001 if len(calls) == 1 else out
 
-    monkeypatch.setattr(kernel_cases.nf4, "dequantize_into", broken)
+    monkeypatch.setattr(kernel_cases.four_bit, "dequantize_into", broken)
     with pytest.raises(SystemExit):
-        kernel_cases.main(["--tiny", "--only", "nf4"])
+        kernel_cases.main(["--tiny", "--only", "four_bit"])
     assert "1 of 2 cases right" in capsys.readouterr().out
 
 
@@ -96,7 +96,7 @@ def test_without_the_tool_the_cases_run_and_the_record_says_so(
 
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     output = tmp_path / "sanitizer.json"
-    sanitize.main(["--tiny", "--only", "nf4", "--output", str(output)])
+    sanitize.main(["--tiny", "--only", "four_bit", "--output", str(output)])
     record = json.loads(output.read_text())
     assert record["results"]["num_right"] == record["results"]["num_cases"] == 2
     assert "not found" in record["why_no_tools"]

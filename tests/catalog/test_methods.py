@@ -97,7 +97,7 @@ def test_every_field_is_a_setting_of_the_config_and_of_some_method():
 def test_an_entry_is_complete_and_consistent(method):
     assert set(method.fields) <= set(FIELDS)
     assert set(method.defaults) <= set(method.fields)
-    assert method.trains_on <= {"dense", "nf4", "fp8", "int8"}
+    assert method.trains_on <= {"dense", "nf4", "fp4", "fp8", "int8"}
     assert method.trains_on
     assert all((method.title, method.paper, method.summary, method.source, method.cost))
     assert isinstance(method.settings(), AdapterSettings)

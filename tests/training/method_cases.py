@@ -28,7 +28,7 @@ from affina.training.adalora import adalora_of
 from affina.training.callbacks import Observers
 from affina.training.loop import LoopSettings, train
 from affina.training.loss_scale import LossScale
-from affina.training.objectives.sft import sft_objective
+from affina.training.objectives.sft import TokenObjective, sft_objective
 from affina.training.optim import OptimizerOptions, build_optimizer
 from affina.training.optimizer_state import OptimizerState
 from affina.training.state import TrainState
@@ -156,7 +156,7 @@ class MethodRun:
             self.model,
             self.parameters,
             Source(),
-            sft_objective,
+            TokenObjective(sft_objective),
             self.optimizer,
             lambda step: self.learning_rate,
             settings=LoopSettings(num_steps=NUM_STEPS, seed=3),
