@@ -132,11 +132,11 @@ def run(
 def skills_kept(run_directory: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Exact matches on the base's own skill test, with the adapter off and on; None where there is no such test."""
     from affina import api
+    from affina.catalog.model_files import resolve_model_folder
     from affina.data.build import tokenizer_from_config
     from affina.evaluation.build import decoder
     from affina.models.adapters import adapter_disabled
     from affina.models.build import load_for_inference
-    from affina.models.checkpoint import resolve_model_folder
     from affina.models.generate import generate
     from affina.runs.directory import open_run
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
 from affina.models.adapters import attach_adapter
 from affina.models.engines import trainable_parameters
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine, detach_fast_engine, fast_engine_of
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
 from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options, quantize_linears
 

@@ -10,8 +10,10 @@ from affina.api import (
     merge,
     methods,
     open_chat,
+    plan,
     prepare,
     quantize,
+    recommend,
     train,
 )
 from affina.config.schema import RunConfig
@@ -33,7 +35,9 @@ __all__ = [
     "merge",
     "methods",
     "open_chat",
+    "plan",
     "prepare",
     "quantize",
+    "recommend",
     "train",
 ]

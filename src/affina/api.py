@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from affina.export.merge import MergeReport
     from affina.export.quantize import QuantizeReport
     from affina.models.build import LoadedModel
+    from affina.planning.forecast import Forecast
+    from affina.planning.plan import CardPlan
+    from affina.planning.recommend import Recommendation
+    from affina.planning.workload import Workload
     from affina.runs.index import RunComparison, RunSummary
     from affina.training.callbacks import Callback, RunFacts
     from affina.training.run import TrainingOutcome
@@ -73,6 +77,7 @@ class TrainResult:
     status:            finished or interrupted
     seconds:           of training alone, without loading, validation and evaluation
     tokens_per_second: tokens of samples (no padding) per second of training
+    planned_memory_bytes: what the peak was foreseen to be; None on a CPU, where the whole process is measured
     evaluation:        base against tuned, None when it was switched off or there is no validation set
     objective:         what was learnt: sft, dpo, …
     """
@@ -92,6 +97,7 @@ class TrainResult:
     saved_step: int
     num_skipped_steps: int
     peak_memory_bytes: int
+    planned_memory_bytes: int | None
     num_trainable: int
     num_parameters: int
     evaluation: EvaluationResult | None
@@ -207,11 +213,14 @@ def train(
             _check_model(settings)
             tokenizer, data = _tokenizer_and_data(settings, before.get("template"))
             _record_data(run, data, is_resumed=bool(resume))
+            planned = _admit(settings, run, data)
             announcements = _announcements(resolved, checkpoint) if resume else ()
             loaded, outcome = _train_model(
                 settings, run, data, tokenizer, checkpoint, (first_step, *callbacks), announcements
             )
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
+        if planned is not None:
+            _record_measured(settings, run, planned, loaded, outcome)
         run.update_manifest(
             {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
         )
@@ -239,6 +248,7 @@ def train(
         saved_step=outcome.saved_step,
         num_skipped_steps=outcome.num_skipped,
         peak_memory_bytes=outcome.peak_memory_bytes,
+        planned_memory_bytes=planned.memory.allocated_bytes if planned and loaded.device.type == "cuda" else None,
         num_trainable=outcome.num_trainable,
         num_parameters=outcome.num_parameters,
         evaluation=evaluation,
@@ -303,6 +313,46 @@ def _check_model(settings: RunConfig) -> None:
     from affina.models.build import check_before_data
 
     check_before_data(settings)
+
+
+def _admit(settings: RunConfig, run: RunDirectory, data: RunData) -> CardPlan | None:
+    """The plan of the run, kept in its manifest. Raises TrainingError `memory-too-small` before weights are loaded."""
+    from affina.models.device import device_memory
+    from affina.planning.admission import Device, admit, planned_record
+    from affina.planning.workload import estimated_workload, measured_workload
+
+    workload = (
+        estimated_workload(settings)
+        if data.train is None
+        else measured_workload(
+            settings, data.train.lengths, data.train.num_supervised, num_validation=len(data.validation)
+        )
+    )
+    memory = device_memory(settings.training.device)
+    device = Device(memory.name, memory.capability, memory.total_bytes, memory.free_bytes)
+    plan = admit(settings, workload, device)
+    if plan is not None:
+        run.update_manifest({"plan": planned_record(plan)})
+    return plan
+
+
+def _record_measured(
+    settings: RunConfig, run: RunDirectory, plan: CardPlan, loaded: LoadedModel, outcome: TrainingOutcome
+) -> None:
+    """What became of the plan; this machine's coefficients learn from it."""
+    from affina.models.fast import fast_engine_of
+    from affina.planning.admission import measured_record
+
+    engine = "reference" if fast_engine_of(loaded.model) is None else "fast"
+    measured = measured_record(
+        settings,
+        plan,
+        engine=engine,
+        peak_bytes=outcome.peak_memory_bytes if loaded.device.type == "cuda" else None,
+        training_seconds=outcome.seconds,
+        num_steps=outcome.num_steps,
+    )
+    run.update_manifest({"measured": measured})
 
 
 def _train_model(
@@ -783,3 +833,76 @@ def _with_changes(
         else:
             changed, origins[path] = with_value(changed, path, values[path]), origin
     return ResolvedConfig(changed, origins, tuple(notes))
+
+
+def plan(
+    config: ConfigLike = None,
+    *,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    gpus: Sequence[str] = (),
+    prices: str | Path | None = None,
+    fit_gib: float | None = None,
+    may_quantize: bool = False,
+    tokenize: bool = False,
+    trace: bool = False,
+) -> Forecast:
+    """What a run will need and cost, before anything is downloaded or loaded. Without torch unless `trace` is given.
+
+    gpus:         names of cards, `this`, `all`; none: the card of this machine, or all where there is none
+    prices:       a file of prices; None: those that ship, with their dates
+    fit_gib:      find the settings with which it runs within this memory, at the same effective batch
+    may_quantize: such settings may store the weights in another format
+    tokenize:     prepare the data as training would, for exact steps and the longest micro-batch
+    trace:        run the real step of the reference engine on fake tensors, too
+
+    Raises AffinaError: ConfigError `plan-unsupported`, `gpu-unknown`, `prices-unreadable`, `price-row`,
+    `longer-than-context`, `nothing-fits`, ModelError for a model without a readable config.
+    """
+    from affina.planning.forecast import forecast
+
+    resolved = check(config, overrides=overrides, preset=preset)
+    with _placed_errors(resolved):
+        workload = _measured_workload(resolved.config) if tokenize else None
+        return forecast(
+            resolved,
+            gpus=gpus,
+            prices=prices,
+            fit_gib=fit_gib,
+            may_quantize=may_quantize,
+            workload=workload,
+            trace=trace,
+        )
+
+
+def _measured_workload(settings: RunConfig) -> Workload:
+    from affina.planning.workload import measured_workload
+
+    _, data = _tokenizer_and_data(settings)
+    if data.train is None:
+        raise RunError(
+            "plan-of-stream",
+            "data.streaming is true, so that its tokens cannot be counted beforehand",
+            fix="plan without --tokenize: training.max_steps decides how much is read",
+        )
+    return measured_workload(
+        settings, data.train.lengths, data.train.num_supervised, num_validation=len(data.validation)
+    )
+
+
+def recommend(*, model: str, data: str, gpu: str, output: str | Path = "run.yaml") -> Recommendation:
+    """Write a complete config for a model, data and a card, every choice with its reason, and return both.
+
+    Raises ConfigError `config-exists`, `gpu-unknown`, `nothing-fits`, and what `check` raises for model and data.
+    """
+    from affina.planning.forecast import cards_of
+    from affina.planning.recommend import recommend as write_recommendation
+
+    card = cards_of(check({"model": model, "data": data}).config, [gpu])[0]
+    if card is None:
+        raise AffinaError(
+            "recommend-without-card",
+            "a recommendation is made for a card, and cpu is none",
+            fix="name a card: --gpu t4; for a CPU begin with --preset laptop",
+        )
+    return write_recommendation(model, data, card, Path(output))

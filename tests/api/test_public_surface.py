@@ -23,8 +23,10 @@ def test_the_exported_names_are_these() -> None:
         "merge",
         "methods",
         "open_chat",
+        "plan",
         "prepare",
         "quantize",
+        "recommend",
         "train",
     ]
     assert all(hasattr(affina, name) for name in affina.__all__)

@@ -117,7 +117,7 @@ def test_the_version_is_printed() -> None:
         (
             ["zzz"],
             "no such command 'zzz'",
-            "the verbs are train, check, data, eval, chat, merge, quantize, runs, methods, config-schema",
+            "the verbs are train, check, plan, data, eval, chat, merge, quantize, runs, methods, config-schema",
         ),
         (["check", "--prset", "x"], "no such option: --prset", "see `affina check --help`"),
         (["check", "a", "b"], "got unexpected extra argument", "see `affina check --help`"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from affina.config.schema import TrainingConfig
-from affina.training.build import build_schedule, build_settings, checkpoint_bytes
+from affina.runs.checkpoints import checkpoint_bytes
+from affina.training.build import build_schedule, build_settings
 
 
 def test_a_run_is_validated_and_saved_about_ten_times() -> None:

@@ -57,6 +57,7 @@ VERBS: dict[str, Verb] = {
     for verb in (
         Verb("train", "Fine-tune a model, compare it with its base, and save the adapter."),
         Verb("check", "Validate a config and show every value with its origin. Loads nothing."),
+        Verb("plan", "What a run will need and cost: memory, time and price on any card, before anything is loaded."),
         Verb("data", "Read the data as training would, and report lengths, masks, duplicates and leakage."),
         Verb("eval", "Measure a run's adapter against its base on the validation records."),
         Verb("chat", "Talk to a run's model; /base compares with the model it came from."),

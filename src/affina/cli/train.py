@@ -96,7 +96,8 @@ def print_train_result(console: Console, result: TrainResult) -> None:
     saved = f", kept step {result.saved_step} (lowest validation loss)" if result.saved_step != result.steps else ""
     console.print(
         f"trained {result.steps} steps in {format_seconds(result.seconds)} "
-        f"({result.tokens_per_second:,.0f} tokens/s, peak memory {format_bytes(result.peak_memory_bytes)}){saved}"
+        f"({result.tokens_per_second:,.0f} tokens/s, peak memory {format_bytes(result.peak_memory_bytes)}"
+        f"{_against_plan(result)}){saved}"
     )
     if result.num_skipped_steps:
         events = result.run / "events.jsonl"
@@ -114,6 +115,16 @@ def print_train_result(console: Console, result: TrainResult) -> None:
     width = max(len(command) for command, _ in commands)
     for command, purpose in commands:
         console.print(f"  {command:<{width}}   {purpose}", soft_wrap=True)
+
+
+def _against_plan(result: TrainResult) -> str:
+    """`, planned 13.6 GiB (-0.2%)`, where the two can be compared."""
+    from affina.runs.units import format_bytes
+
+    planned = result.planned_memory_bytes
+    if planned is None:
+        return ""
+    return f", planned {format_bytes(planned)} ({planned / result.peak_memory_bytes - 1:+.1%})"
 
 
 def next_commands(run: Path, *, is_mergeable: bool = True, writes_replies: bool = True) -> list[tuple[str, str]]:

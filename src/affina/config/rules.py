@@ -387,14 +387,17 @@ def room_for_samples(config: RunConfig, context: int) -> int:
     return context - (config.adapter.num_virtual_tokens or 0)
 
 
-def longer_than_context(config: RunConfig, context: int, *, where: Location | None = None) -> ConfigError:
-    """The error for samples that the model could not read whole."""
+def longer_than_context(
+    config: RunConfig, context: int, *, where: Location | None = None, limits: str | None = None
+) -> ConfigError:
+    """The error for samples that the model could not read whole. limits: what is known of native and stretched ones"""
     room = room_for_samples(config, context)
     taken = f", of which the adapter's virtual tokens take {context - room}" if room < context else ""
     return ConfigError(
         "longer-than-context",
         f"data.max_length is {config.data.max_length:,} tokens; {config.model.path} reads {context:,}{taken}",
-        why="beyond its context a model has never seen the positions: it would learn noise, or fail",
+        why="beyond its context a model has never seen the positions: it would learn noise, or fail"
+        + (f" ({limits})" if limits else ""),
         fix=f"write `max_length: {room}` or less; data.truncation says what happens to longer samples",
         where=where,
     )

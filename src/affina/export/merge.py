@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from affina.catalog.model_files import read_config, resolve_model_folder
 from affina.errors import ExportError
 from affina.export.mergers import Merger, merger_of, require_mergeable
 from affina.export.output import check_output, check_space, copy_companions
 from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import AdapterInfo, adapter_disabled, base_identity, load_adapter, read_adapter_info
-from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
 from affina.models.load import load_causal_lm
 from affina.models.quantized_checkpoint import StoredWeights, options_of_checkpoint

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from affina.catalog.model_files import read_config, resolve_model_folder
 from affina.errors import ExportError
 from affina.export.output import check_output, check_space, copy_companions
 from affina.export.probes import default_probes, logits_of, rms, spread_of, text_vocabulary
 from affina.models.adapters import base_identity
 from affina.models.build import count_parameters
-from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.device import check_fp8
 from affina.models.load import load_causal_lm, load_notes
 from affina.models.quantization_plan import QuantizationPlan, plan_quantization

@@ -7,6 +7,7 @@ import os
 from functools import lru_cache
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -30,3 +31,11 @@ def has_triton() -> bool:
 def _interprets_on_cpu() -> bool:
     wanted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("AFFINA_TRITON_ON_CPU") == "1"
     return wanted and has_triton()
+
+
+def is_true(condition: Tensor) -> bool:
+    """`bool(condition)` for a question about values whose usual answer is no; a fake tensor has none, so: no.
+
+    A trace on fake tensors (planning/trace.py) then takes the usual way.
+    """
+    return not isinstance(condition, FakeTensor) and bool(condition)

@@ -51,7 +51,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from affina.kernels.dispatch import use_triton
+from affina.kernels.dispatch import is_true, use_triton
 from affina.kernels.logits import IGNORED_LABEL, ExpandableRows, finish_logits, matmul_float32
 from affina.kernels.tiled_cross_entropy import tiled_cross_entropy
 
@@ -329,9 +329,9 @@ def _cross_entropy_rows(
     if slope is not None:
         difference *= slope
     # On a GPU the test would wait for the device; on a CPU it saves a pass over the logits.
-    if logits.device.type != "cpu" or bool(ignored.any()):
+    if logits.device.type != "cpu" or is_true(ignored.any()):
         difference.masked_fill_(ignored, 0.0)
-    if error.data_ptr() != difference.data_ptr():
+    if error is not difference:
         error.copy_(difference)
 
 
@@ -339,7 +339,7 @@ def _drop_ignored_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     assert hidden.dim() == 2, f"hidden must be [N, D], got {tuple(hidden.shape)}"
     assert targets.shape == hidden.shape[:1], f"{tuple(targets.shape)} targets for {tuple(hidden.shape)} hidden"
     # On a GPU the test would wait for the device in every step; callers there pass supervised rows only.
-    if hidden.device.type == "cpu" and bool((targets == IGNORED_LABEL).any()):
+    if hidden.device.type == "cpu" and is_true((targets == IGNORED_LABEL).any()):
         keep = targets != IGNORED_LABEL
         return hidden[keep], targets[keep]
     return hidden, targets

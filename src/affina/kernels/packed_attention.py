@@ -100,6 +100,10 @@ def _attend(
     grouped = query.shape[1] != key.shape[1]
     if softcap is not None:
         return _attend_with_cap(query, key, value, scale, window, softcap, dropout)
+    if grouped and _lacks_grouped_kernel(query):
+        # Grouped heads have no memory-efficient kernel: every score of every head would be stored, in float32.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     if window is None or length <= window:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
@@ -146,6 +150,11 @@ def can_use_varlen(query: Tensor, value: Tensor) -> bool:
         and torch.version.hip is None
         and _capability(query.device) >= (8, 0)
     )
+
+
+def _lacks_grouped_kernel(query: Tensor) -> bool:
+    """Whether the card is older than FlashAttention, the only fused kernel of SDPA's for grouped heads."""
+    return query.device.type == "cuda" and torch.version.hip is None and _capability(query.device) < (8, 0)
 
 
 @lru_cache(maxsize=8)

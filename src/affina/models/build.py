@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.catalog.context import context_tokens
 from affina.catalog.decoder_shape import decoder_shape
+from affina.catalog.fused_choice import OPTIMIZER_BYTES, StepDemand
+from affina.catalog.gpus import OLDEST_FUSED_CAPABILITY
 from affina.catalog.methods import method_named
+from affina.catalog.model_files import resolve_model_folder
+from affina.catalog.reference_memory import Attention, ReferenceRow, wants_recomputation
+from affina.catalog.save_policy import LayerRanks
+from affina.catalog.shapes import read_shape
+from affina.config.derive import has_validation
 from affina.config.objectives import OBJECTIVES
 from affina.config.rules import longer_than_context, room_for_samples
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
+from affina.kernels.linear_cross_entropy import default_chunk_rows
 from affina.models.adapters import attach_adapter, base_identity, load_adapter
 from affina.models.adapters.attach import ADAPTER_NAME
 from affina.models.adapters.factors import start_from_quantization_error
 from affina.models.adapters.limits import check_sizes
-from affina.models.checkpoint import resolve_model_folder
 from affina.models.compat import enable_recomputation
 from affina.models.device import check_fp8, choose_device, choose_precision, describe_device, free_bytes
 from affina.models.families import Unsupported
@@ -33,7 +42,6 @@ from affina.models.load import check_causal_lm, load_causal_lm, load_notes
 from affina.models.quantized_checkpoint import options_of_checkpoint
 from affina.models.reward_head import SCORE_NAME, add_reward_head
 from affina.models.safetensors_file import checkpoint_tensors, read_tensor
-from affina.models.structure import text_config
 from affina.models.weights import (
     Fp4Options,
     Fp8Linear,
@@ -126,7 +134,7 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     isolation = isolation_of(model)
     if config.data.packing and isolation.layout == "rows":
         notes.append(isolation.reason)
-    if not _attach_engine(model, config, notes) and _wants_checkpointing(config, base, device):
+    if not _attach_engine(model, config, notes) and _wants_checkpointing(config, base, model, device):
         enable_recomputation(base)
         notes.append("activations are recomputed in the backward pass (training.gradient_checkpointing)")
     return _describe(model, base, identity, config, device, notes)
@@ -277,6 +285,9 @@ def _attach_engine(model: nn.Module, config: RunConfig, notes: list[str]) -> boo
         recompute=config.training.gradient_checkpointing,
         is_flat=config.training.optimizer == "adamw" and config.adapter.method != "loraplus",
         is_lean=memory == "lowest",
+        may_capture=config.data.packing,
+        longest=config.data.max_length,
+        demand=_demand(model, config),
     )
     if isinstance(attached, Unsupported):
         if config.engine.path == "fast":
@@ -294,7 +305,16 @@ def _attach_engine(model: nn.Module, config: RunConfig, notes: list[str]) -> boo
     return True
 
 
-def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch.device) -> bool:
+def _demand(model: nn.Module, config: RunConfig) -> StepDemand:
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return StepDemand(
+        optimizer_bytes=int(OPTIMIZER_BYTES[config.training.optimizer] * num_trainable),
+        accumulates=config.training.gradient_accumulation_steps > 1,
+        validates=has_validation(config),
+    )
+
+
+def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, model: nn.Module, device: torch.device) -> bool:
     """The user's choice, or whether the activations of one row would crowd the device."""
     choice = config.training.gradient_checkpointing
     if config.engine.memory == "lowest":
@@ -303,24 +323,43 @@ def _wants_checkpointing(config: RunConfig, base: PreTrainedModel, device: torch
         return choice and base.supports_gradient_checkpointing
     if not base.supports_gradient_checkpointing:
         return False
-    sizes = text_config(base)
-    kept = activation_bytes(
-        num_layers=getattr(sizes, "num_hidden_layers", 0) or 0,
-        hidden_size=getattr(sizes, "hidden_size", 0) or 0,
-        intermediate_size=getattr(sizes, "intermediate_size", 0) or 0,
-        row_tokens=config.training.micro_batch_size * config.data.max_length,
-        bytes_per_value=base.dtype.itemsize,
+    try:
+        row = _reference_row(base, model, config, device)
+    except ModelError:  # a model whose sizes its config does not tell
+        return device.type == "cuda"
+    return wants_recomputation(row, _demand(model, config), free_bytes=free_bytes(device), on_gpu=device.type == "cuda")
+
+
+def _reference_row(base: PreTrainedModel, model: nn.Module, config: RunConfig, device: torch.device) -> ReferenceRow:
+    """The longest row, every token of it supervised."""
+    shape = read_shape({**base.config.to_dict(), "model_type": base.config.model_type})
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    dropped = sum(int(layer.in_features) for layer in layers.values()) // max(shape.num_layers, 1)
+    tokens = config.training.micro_batch_size * config.data.max_length
+    attention: Attention = "cpu"
+    if device.type == "cuda":
+        has_flash = torch.cuda.get_device_capability(device) >= OLDEST_FUSED_CAPABILITY
+        attention = "varlen" if has_flash and base.dtype.itemsize == 2 else "efficient"
+    return ReferenceRow(
+        shape=shape,
+        num_tokens=tokens,
+        num_predicted=tokens,
+        itemsize=base.dtype.itemsize,
+        attention=attention,
+        ranks=_layer_ranks(layers, config.adapter.rank, shape.num_layers),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        chunk_rows=default_chunk_rows(shape.vocabulary_size, device),
+        dropped_inputs=dropped if config.adapter.dropout else 0,
+        expands=any(quantized_layers(base)),
     )
-    # Half of the free memory is left for logits, gradients, optimiser state and fragmentation.
-    return kept > 0.5 * free_bytes(device)
 
 
-def activation_bytes(
-    *, num_layers: int, hidden_size: int, intermediate_size: int, row_tokens: int, bytes_per_value: int
-) -> int:
-    """Bytes that a frozen decoder with adapters keeps of one row for its backward pass, without recomputation.
-
-    About 20 hidden-sized and 4 intermediate-sized values per token and layer. Qwen3-4B in bf16: 180,224 bytes a token
-    and layer by this rule, 174,472 counted in a trace of the real step.
-    """
-    return row_tokens * num_layers * (20 * hidden_size + 4 * intermediate_size) * bytes_per_value
+def _layer_ranks(names: Iterable[str], rank: int, num_layers: int) -> LayerRanks:
+    """Ranks of a layer's adapters by common input; layers of other names count as part of the MLP."""
+    counts = Counter(name.rpartition(".")[2] for name in names)
+    qkv, output, down = (
+        sum(counts.pop(name, 0) for name in group)
+        for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("down_proj",))
+    )
+    sums = (count * rank // max(num_layers, 1) for count in (qkv, output, counts.total(), down))
+    return LayerRanks(*sums)

@@ -134,6 +134,27 @@ def _mps_has_bfloat16() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A device by name, capability (CUDA) and bytes; None where the device has no memory of its own to count."""
+
+    name: str
+    capability: tuple[int, int] | None
+    total_bytes: int | None
+    free_bytes: int | None
+
+
+def device_memory(name: str = "auto") -> DeviceMemory:
+    """What is free on the device called `name`, this process's context being there already."""
+    device = choose_device(name)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return DeviceMemory(device.type, None, None, None)
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceMemory(properties.name, torch.cuda.get_device_capability(device), total, free + unused)
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryStats:
     """Bytes. CUDA: allocated by tensors on the card. CPU and MPS: resident memory of the process and of the machine."""
 

@@ -474,6 +474,23 @@ def isolation_of(model: nn.Module) -> Isolation:
     return _ISOLATIONS[base]
 
 
+def assume_packed(model: nn.Module) -> None:
+    """Take for granted what is measured elsewhere: packed rows, and a head as the config describes it.
+
+    For a model without values (on fake tensors), where nothing can be measured; any other model would go unchecked.
+    Raises ModelError[packing-unsupported] when the architecture does not take its attention by name.
+    """
+    base = base_model_of(model)
+    if body_of(base) is None or not use_packed_attention(base):
+        raise ModelError(
+            "packing-unsupported",
+            f"{type(base).__name__} does not take its attention by name",
+            fix="data.packing: false",
+        )
+    _ISOLATIONS[base] = Isolation("packed", "assumed", 0.0)
+    _HEADS[base] = True
+
+
 def isolates_documents(model: nn.Module) -> bool:
     """Whether documents can share a row of this model without seeing each other."""
     return isolation_of(model).layout == "packed"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from affina.catalog.model_files import read_config, resolve_model_folder
 from affina.errors import Location, ModelError
 from affina.models.attention import register
-from affina.models.checkpoint import read_config, resolve_model_folder
 from affina.models.compat import quiet_loading
 from affina.models.quantized_checkpoint import layer_files, options_of_checkpoint
 from affina.models.safetensors_file import TensorSpec, checkpoint_tensors, read_tensor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from affina.models.checkpoint import read_config
+from affina.catalog.model_files import read_config
 from affina.models.load import auto_config, model_without_weights
 from affina.models.safetensors_file import checkpoint_tensors
 from affina.models.weights import WeightFormatOptions, linear_layers

@@ -90,3 +90,12 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: frozenset[int
         entry.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return deleted
+
+
+def checkpoint_bytes(num_trainable: int, *, keep_last: int) -> int:
+    """Upper estimate of a run's disk space: fp32 adapter and two Adam moments per checkpoint, one in the making.
+
+    The best checkpoint and the result are two more copies.
+    """
+    per_checkpoint = num_trainable * 4 * 3 + (1 << 20)
+    return per_checkpoint * (keep_last + 2) + num_trainable * 4

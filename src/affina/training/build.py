@@ -70,12 +70,3 @@ def build_optimizer_options(config: TrainingConfig) -> OptimizerOptions:
 def build_trackers(config: TrackingConfig, *, directory: Path, name: str) -> Sequence[Callback]:
     """The trackers that the config asks for. Raises TrainingError when one's package is not installed."""
     return [build_tracker(kind, directory=directory, project=config.project, name=name) for kind in config.trackers]
-
-
-def checkpoint_bytes(num_trainable: int, *, keep_last: int) -> int:
-    """Upper estimate of a run's disk space: fp32 adapter and two Adam moments per checkpoint, one in the making.
-
-    The best checkpoint and the result are two more copies.
-    """
-    per_checkpoint = num_trainable * 4 * 3 + (1 << 20)
-    return per_checkpoint * (keep_last + 2) + num_trainable * 4

@@ -34,7 +34,7 @@ from affina.models.fast import detach_fast_engine, fast_engine_of, flat_adapter_
 from affina.models.forward import probe_batch, supervised_loss
 from affina.models.load import describe_model
 from affina.runs import atomic
-from affina.runs.checkpoints import Checkpoint, require_whole
+from affina.runs.checkpoints import Checkpoint, checkpoint_bytes, require_whole
 from affina.runs.directory import RunDirectory, require_free_space
 from affina.runs.jsonlines import JsonLinesFile
 from affina.training.adalora import adalora_of
@@ -43,7 +43,6 @@ from affina.training.build import (
     build_schedule,
     build_settings,
     build_trackers,
-    checkpoint_bytes,
 )
 from affina.training.callbacks import Callback, Observers, RunFacts, RunFiles
 from affina.training.checkpoint import CheckpointWriter, restore_optimizer, restore_state

@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.models.adapters import attach_adapter
 from affina.models.engines import trainable_parameters
 from affina.models.fast import FastEngine, attach_fast_engine, detach_fast_engine, fast_engine_of
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
 from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options, WeightFormatOptions, quantize_linears
 from tests.models.tiny import VOCABULARY, TinyBatch, qwen3_config, random_model, randomize_adapter

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from affina.catalog.save_policy import Keep
 from affina.config.load import load_mapping
 from affina.errors import ModelError
 from affina.models.adapters import adapter_disabled
 from affina.models.build import load_for_training
 from affina.models.fast import fast_engine_of
-from affina.models.fast.policy import Keep
 from affina.models.forward import probe_batch, supervised_loss
 from affina.models.weights import Int8Embedding, quantized_layers
 from tests.models.fast.families import adapted_model, attach

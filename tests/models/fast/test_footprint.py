@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from affina.catalog.lowest_memory import (
+    bytes_at_work,
+    bytes_per_token,
+    lowest_footprint,
+    num_head_groups,
+    tokens_per_part,
+)
+from affina.catalog.save_policy import Keep, LayerRanks
 from affina.models.families import DecoderSpec
-from affina.models.fast import fast_engine_of, memory
-from affina.models.fast.footprint import bytes_at_work, bytes_per_token, lowest_footprint
-from affina.models.fast.memory import tokens_per_part
-from affina.models.fast.parts import num_head_groups
-from affina.models.fast.policy import Keep, LayerRanks
+from affina.models.fast import fast_engine_of
 from tests.models.fast.allocations import AllocationTracker
 from tests.models.fast.families import adapted_model, attach
 from tests.models.tiny import batch_of, qwen3_config
@@ -34,8 +38,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "concepts" / "engines.md"
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts so small that what grows with the row is what counts."""
-    monkeypatch.setattr(memory, "_SMALLEST_PART", 128)
-    monkeypatch.setattr(memory, "_PARTS_OF_A_LONG_ROW", 1_000_000)
+    monkeypatch.setattr("affina.catalog.lowest_memory._SMALLEST_PART", 128)
+    monkeypatch.setattr("affina.catalog.lowest_memory._PARTS_OF_A_LONG_ROW", 1_000_000)
 
 
 @lru_cache

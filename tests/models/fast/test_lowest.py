@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.models.adapters import save_adapter
 from affina.models.adapters.restore import restore_adapter_weights
 from affina.models.engines import set_engine, trainable_parameters
@@ -17,7 +18,6 @@ from affina.models.fast import detach_fast_engine, fast_engine_of, flat_adapter_
 from affina.models.fast.build import build_decoder
 from affina.models.fast.engine import FastEngine
 from affina.models.fast.fp8 import Fp8Stack
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.fast.support import decoder_of
 from affina.models.fast.weights import ExpandedStack, Workspace
 from affina.models.forward import supervised_loss, supervised_token_losses
@@ -61,7 +61,7 @@ def attach_lowest(model: Any, *, on_host: bool = True) -> FastEngine:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of some tens of tokens are computed in several parts."""
-    monkeypatch.setattr(memory, "_SMALLEST_PART", 16)
+    monkeypatch.setattr("affina.catalog.lowest_memory._SMALLEST_PART", 16)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.models.fast import fast_engine_of, layer, memory
 from affina.models.fast.memory import attention_on_host
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.forward import supervised_loss
 from tests.models.fast.families import adapted_model, attach, loss_and_gradients
 from tests.models.tiny import batch_of, qwen3_config

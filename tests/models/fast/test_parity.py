@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affina.catalog.save_policy import Keep
 from affina.models.engines import trainable_parameters
 from affina.models.fast import detach_fast_engine
-from affina.models.fast.policy import Keep
 from affina.models.forward import supervised_loss
 from tests.models.fast.families import (
     FAMILIES,

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.models.engines import set_engine
 from affina.models.families import DecoderSpec, read_decoder
-from affina.models.fast import memory
 from affina.models.fast.build import build_decoder
 from affina.models.fast.engine import FastEngine
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.weights import quantize_vocabulary
 from tests.kernels import exact_casts, loop_bounds
 from tests.models.fast.families import adapted_model, loss_and_gradients
@@ -60,7 +59,7 @@ def gradients(
 def test_folded_updates_give_the_float32_gradients_within_rounding(
     monkeypatch: pytest.MonkeyPatch, targets: str, keep: Keep
 ) -> None:
-    monkeypatch.setattr(memory, "_SMALLEST_PART", 16)
+    monkeypatch.setattr("affina.catalog.lowest_memory._SMALLEST_PART", 16)
     loss, exact = gradients(torch.float32, TARGETS[targets], folds=False)
     folded_loss, folded = gradients(torch.float16, TARGETS[targets], folds=True, keep=keep)
     apart_loss, apart = gradients(torch.float16, TARGETS[targets], folds=False, keep=keep)
@@ -77,7 +76,7 @@ def test_folded_updates_give_the_float32_gradients_within_rounding(
 def test_eight_bit_weights_expanded_one_by_one_give_the_float32_gradients_within_rounding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "_SMALLEST_PART", 16)
+    monkeypatch.setattr("affina.catalog.lowest_memory._SMALLEST_PART", 16)
     loss, exact = gradients(torch.float32, "all-linear", folds=False, weights="int8")
     lowest_loss, lowest = gradients(torch.float16, "all-linear", folds=True, keep=Keep.PARTS, weights="int8")
     assert lowest_loss == pytest.approx(loss, rel=1e-3)

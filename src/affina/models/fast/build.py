@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from affina.catalog.save_policy import LayerRanks
 from affina.kernels.dispatch import use_triton
 from affina.kernels.swiglu import MAX_FOLDED_RANK
 from affina.models.families import DecoderSpec
@@ -17,7 +18,6 @@ from affina.models.fast.layer import DecoderLayer
 from affina.models.fast.linear import AdaptedLinear, output_slices
 from affina.models.fast.offload import HostBuffers
 from affina.models.fast.parameters import FlatAdapter, GroupSlice
-from affina.models.fast.policy import LayerRanks
 from affina.models.fast.support import frozen_layer, layer_projections, lora_pair
 from affina.models.fast.weights import Workspace, build_stack
 from affina.models.forward import verified_head
@@ -76,11 +76,14 @@ def build_decoder(
 
 def largest_ranks(decoder: Decoder) -> LayerRanks:
     """The ranks of the layer with the largest adapters."""
-    ranks = (
-        LayerRanks(*(linear.slices.total_rank if linear.slices else 0 for linear in layer.linears))
-        for layer in decoder.layers
-    )
-    return max(ranks, key=lambda layer: layer.total)
+    return max((_ranks(layer) for layer in decoder.layers), key=lambda layer: layer.total)
+
+
+def _ranks(layer: DecoderLayer) -> LayerRanks:
+    groups = [linear.slices for linear in layer.linears]
+    single = [pair.rank for group in groups if group is not None for pair in group.pairs if pair is not None]
+    qkv, output, gate_up, down = (group.total_rank if group else 0 for group in groups)
+    return LayerRanks(qkv, output, gate_up, down, largest=max(single, default=0))
 
 
 def _folds(slices: Sequence[GroupSlice | None], device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_gradient
 from affina.kernels.rms_norm import rms_norm, rms_norm_backward
 from affina.models.families import DecoderSpec
@@ -21,7 +22,6 @@ from affina.models.fast import parts
 from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
 from affina.models.fast.offload import HostBuffers
 from affina.models.fast.parameters import FlatAdapter
-from affina.models.fast.policy import Keep, SavePolicy
 from affina.models.structure import Head
 
 

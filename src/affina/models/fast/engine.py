@@ -13,17 +13,20 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from affina.catalog.fused_choice import OPTIMIZER_BYTES, StepChoice, StepDemand
+from affina.catalog.fused_memory import MLP_CHUNK_TOKENS
+from affina.catalog.lowest_memory import tokens_per_part
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.kernels.attention import Segments
 from affina.models.engines import engine_of, set_engine, trainable_parameters
 from affina.models.families import Unsupported
-from affina.models.fast.build import build_decoder, largest_ranks
+from affina.models.fast.build import build_decoder
 from affina.models.fast.decoder import Decoder, HeadTape
 from affina.models.fast.fp8 import Fp8Stack
 from affina.models.fast.graphs import GraphedRow, RowGraphs
-from affina.models.fast.layer import MLP_CHUNK_TOKENS, RowContext, Saved
-from affina.models.fast.memory import attention_on_host, free_bytes, tokens_per_part, working_bytes
+from affina.models.fast.layer import RowContext, Saved
+from affina.models.fast.memory import attention_on_host, choose_for_device
 from affina.models.fast.parameters import FlatAdapter
-from affina.models.fast.policy import Keep, RowSizes, SavePolicy, choose_policy
 from affina.models.fast.probe import ATTENTION_LIMIT, attention_difference
 from affina.models.fast.support import decoder_of
 from affina.models.forward import Batch, predicting_positions, probe_batch, supervised_loss
@@ -195,6 +198,9 @@ def attach_fast_engine(
     recompute: bool | Literal["auto"] = "auto",
     is_flat: bool = True,
     is_lean: bool = False,
+    may_capture: bool = True,
+    longest: int | None = None,
+    demand: StepDemand | None = None,
 ) -> FastEngine | Unsupported:
     """Run `model`'s losses through the fused decoder from now on, or say why it cannot.
 
@@ -204,6 +210,9 @@ def attach_fast_engine(
     is_flat:      the optimiser sees one flat parameter (elementwise optimisers), or PEFT's matrices
     is_lean:      take the least memory of the device, whatever is free: nothing kept, layers in parts, and a flat
                   adapter in the host's memory, where PEFT's matrices then are too until `detach_fast_engine`
+    may_capture:  rows have one shape, so that they will be captured if there is room
+    longest:      tokens of the longest document; None: row_tokens
+    demand:       what a step needs besides; None: AdamW, accumulation and validation
 
     The result is compared with the reference on a small batch before it is trusted.
     """
@@ -219,11 +228,20 @@ def attach_fast_engine(
     on_device = base.device.type != "cpu"
     decoder = build_decoder(model, spec, is_lean=is_lean, adapter_on_host=is_lean and is_flat and on_device)
     if is_lean:
-        leanest = Keep.PARTS if on_device else Keep.INPUT
-        policy, has_room_for_graphs = SavePolicy.uniform(spec.num_layers, leanest), False
+        choice = StepChoice(SavePolicy.uniform(spec.num_layers, Keep.PARTS if on_device else Keep.INPUT), False)
     else:
-        policy, has_room_for_graphs = _policy(decoder, row_tokens, budget_bytes, recompute)
-    engine = FastEngine(model, decoder, policy, is_flat=is_flat, has_room_for_graphs=has_room_for_graphs)
+        choice = choose_for_device(
+            decoder,
+            row_tokens,
+            demand or StepDemand(optimizer_bytes=int(OPTIMIZER_BYTES["adamw"] * decoder.adapter.parameter.numel())),
+            budget_bytes=budget_bytes,
+            recompute=recompute,
+            may_capture=may_capture,
+            longest=longest,
+        )
+    # On a CPU nothing is captured, and nothing has to be refused.
+    has_room = choice.is_captured or not on_device
+    engine = FastEngine(model, decoder, choice.policy, is_flat=is_flat, has_room_for_graphs=has_room)
     set_engine(model, engine)
     difference = _difference(expected, _loss_and_gradients(model))
     limit = _tolerance(model, decoder)
@@ -233,31 +251,6 @@ def attach_fast_engine(
     if is_lean and on_device:
         torch.cuda.empty_cache()  # of loading and of the probe
     return engine
-
-
-def _policy(
-    decoder: Decoder, row_tokens: int, budget_bytes: int | None, recompute: bool | Literal["auto"]
-) -> tuple[SavePolicy, bool]:
-    """What layers keep, and whether there is room for captured rows.
-
-    A captured row keeps the memory it works with, so validation, which runs launch by launch, needs the same again.
-    """
-    device = decoder.adapter.device
-    spare = free_bytes(device, budget_bytes) - working_bytes(decoder, row_tokens)
-    spare_beside_graphs = spare - working_bytes(decoder, row_tokens)
-    sizes: RowSizes = {
-        "num_tokens": row_tokens,
-        "itemsize": decoder.final_norm.dtype.itemsize,
-        "ranks": largest_ranks(decoder),
-    }
-    if recompute != "auto":
-        policy = SavePolicy.uniform(decoder.spec.num_layers, Keep.INPUT if recompute else Keep.ALL)
-        return policy, policy.num_bytes(decoder.spec, **sizes) <= spare_beside_graphs
-    may_offload = device.type == "cuda"
-    policy = choose_policy(decoder.spec, budget_bytes=spare_beside_graphs, may_offload=may_offload, **sizes)
-    if min(policy.layers) > Keep.OFFLOADED:
-        return policy, True
-    return choose_policy(decoder.spec, budget_bytes=spare, may_offload=may_offload, **sizes), False
 
 
 def detach_fast_engine(model: PeftModel) -> None:

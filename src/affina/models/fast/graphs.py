@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.kernels.attention import Segments
 from affina.models.fast.decoder import Decoder
 from affina.models.fast.layer import Pending, RowContext
-from affina.models.fast.policy import Keep, SavePolicy
 
 _WARMUP_RUNS = 2
 _TOKENS_PER_DOCUMENT = 128

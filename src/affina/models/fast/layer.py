@@ -34,17 +34,15 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from affina.catalog.decoder import DecoderSpec
+from affina.catalog.fused_memory import MLP_CHUNK_TOKENS
+from affina.catalog.save_policy import Keep
 from affina.kernels.attention import AttentionResult, Segments, attention, attention_backward
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
 from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward_with_ranks
-from affina.models.families import DecoderSpec
 from affina.models.fast.linear import AdaptedLinear
 from affina.models.fast.parameters import FlatPart
-from affina.models.fast.policy import Keep
-
-MLP_CHUNK_TOKENS = 4096
-"""Tokens of an MLP that are computed at once where gate and up are not kept: enough to fill a large card."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from affina.catalog.save_policy import PITCH
 from affina.kernels.products import product_into
 from affina.models.fast.parameters import FlatPart, GroupSlice, PairSlice
-from affina.models.fast.policy import PITCH
 from affina.models.fast.weights import FrozenStack, Workspace
 
 

@@ -1,29 +1,26 @@
-"""Memory that the fast engine needs beside what layers keep, and memory that is free."""
+"""Memory that is free, and the save policy that it allows: the arithmetic is catalog/fused_memory.py's."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import psutil
 import torch
 
+from affina.catalog.decoder import DecoderSpec
+from affina.catalog.fused_choice import RESERVE_SHARE, WORKSPACE_BYTES, StepChoice, StepDemand, choose_step
+from affina.catalog.fused_memory import LONG_DOCUMENT, FusedRow, Products
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.kernels.linear_cross_entropy import default_chunk_rows
-from affina.models.families import DecoderSpec
+from affina.models.fast.build import largest_ranks
 from affina.models.fast.decoder import Decoder
-from affina.models.fast.layer import MLP_CHUNK_TOKENS
-from affina.models.fast.policy import Keep, SavePolicy
+from affina.models.fast.fp8 import Fp8Stack
+from affina.models.fast.weights import ExpandedStack
 
-_RESERVE_SHARE = 0.06
-"""Of the free memory, for the allocator's rounding and fragmentation."""
 _CPU_SHARE = 0.5
 """Of a computer's free memory: other programs run there."""
 _HOST_SHARE = 0.4
 """Of a computer's memory, for pinned copies of what layers keep: pinned memory is never paged out."""
-
-LONG_DOCUMENT = 2048
-"""Tokens of a document from which the attention's output goes to the host rather than being computed twice."""
-
-_SMALLEST_PART = 512
-_PART_MULTIPLE = 128
-_PARTS_OF_A_LONG_ROW = 16
 
 
 def free_bytes(device: torch.device, budget_bytes: int | None) -> int:
@@ -39,7 +36,7 @@ def free_bytes(device: torch.device, budget_bytes: int | None) -> int:
     free = torch.cuda.mem_get_info(device)[0] + unused
     if budget_bytes is not None:
         free = min(free, budget_bytes - used)
-    return int(free * (1 - _RESERVE_SHARE))
+    return int(free * (1 - RESERVE_SHARE))
 
 
 def attention_on_host(
@@ -62,28 +59,51 @@ def attention_on_host(
     return max(0, min(num_candidates, int(room // per_layer)))
 
 
-def tokens_per_part(num_tokens: int) -> int:
-    """Tokens that a layer in parts computes at once: at least so many that the weights, which are expanded anew for
-    every part, are used well, and for long rows few beside what grows with them."""
-    share = num_tokens // _PARTS_OF_A_LONG_ROW // _PART_MULTIPLE * _PART_MULTIPLE
-    return min(max(share, _SMALLEST_PART), MLP_CHUNK_TOKENS)
-
-
-def working_bytes(decoder: Decoder, row_tokens: int) -> int:
-    """Bytes at the busiest moment of a step, without weights and without what layers keep.
-
-    The busiest moment is the backward pass of one layer's MLP (gradients of gate and up, of the activation, of the
-    residual stream), that of its attention, with the next layer's output of attention on its way from the host, or the
-    head's chunk of logits; gradients, the optimiser's two moments and the 16-bit copy of the adapter exist in either.
-    """
-    spec = decoder.spec
-    itemsize = decoder.final_norm.dtype.itemsize
-    mlp = (
-        min(row_tokens, MLP_CHUNK_TOKENS) * 4 * spec.intermediate_size + row_tokens * 4 * spec.hidden_size
-    ) * itemsize
-    attention = row_tokens * (6 * spec.query_size + 6 * spec.key_value_size + 3 * spec.hidden_size) * itemsize
+def row_of(decoder: Decoder, num_tokens: int, *, longest: int | None = None) -> FusedRow:
+    """A row of which every token is supervised, the dearest there is. longest: of its documents; None: the row"""
     device = decoder.adapter.device
-    logits = default_chunk_rows(spec.vocabulary_size, device) * spec.vocabulary_size * (4 + itemsize)
-    head = logits + 4 * row_tokens * spec.hidden_size * itemsize
-    adapter = decoder.adapter.parameter.numel() * (3 * 4 + itemsize)
-    return max(mlp, attention, head) + adapter
+    linear = decoder.layers[0].gate_up
+    products: Products = "dense"
+    if isinstance(linear.stack, Fp8Stack):
+        products = "fp8"
+    elif isinstance(linear.stack, ExpandedStack):
+        products = "expanded"
+    return FusedRow(
+        spec=decoder.spec,
+        ranks=largest_ranks(decoder),
+        num_tokens=num_tokens,
+        num_predicted=num_tokens,
+        itemsize=decoder.final_norm.dtype.itemsize,
+        products=products,
+        num_parameters=decoder.adapter.parameter.numel(),
+        chunk_rows=default_chunk_rows(decoder.spec.vocabulary_size, device),
+        merges=linear.merges,
+        longest=num_tokens if longest is None else longest,
+        on_gpu=device.type == "cuda",
+    )
+
+
+def choose_for_device(
+    decoder: Decoder,
+    num_tokens: int,
+    demand: StepDemand,
+    *,
+    budget_bytes: int | None,
+    recompute: bool | Literal["auto"],
+    may_capture: bool,
+    longest: int | None = None,
+) -> StepChoice:
+    """What layers keep of rows of `num_tokens` in the memory that is free now."""
+    device = decoder.adapter.device
+    is_gpu = device.type == "cuda"
+    # The probe that has just run has left the matrix library's workspaces, which the step counts itself.
+    workspaces = 2 * WORKSPACE_BYTES if is_gpu else 0
+    return choose_step(
+        row_of(decoder, num_tokens, longest=longest),
+        demand,
+        budget_bytes=free_bytes(device, budget_bytes) + workspaces,
+        recompute=recompute,
+        may_offload=is_gpu,
+        may_capture=is_gpu and may_capture,
+        on_gpu=is_gpu,
+    )

@@ -11,7 +11,7 @@ bytes per token of Qwen3-4B in 16 bits:
 
 The products of q, k, v are made a second time at the end of the backward pass (the norm's gradient needs what was
 before it); between, only the rotated heads are there. That is 5% more arithmetic than `DecoderLayer.backward` on an
-input, for two thirds of its memory: `footprint.py` has the sums, and a test measures them.
+input, for two thirds of its memory: `catalog/lowest_memory.py` has the sums, and a test measures them.
 
 Same legend and same functions as layer.py; results differ from its by the order of sums.
 """
@@ -23,23 +23,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from affina.catalog.lowest_memory import num_head_groups
 from affina.kernels.attention import AttentionResult, attention, attention_backward
 from affina.kernels.qk_rope import qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm
 from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
 from affina.models.fast.parameters import FlatPart
 
-MAX_HEAD_GROUPS = 4
-"""Into so many groups the heads are divided for attention's gradient: more would save another 2 KiB per token of
-Qwen3-4B, and leave a large card idle on rows of a few thousand tokens."""
-
 Heads = tuple[Tensor, Tensor, Tensor]
 """Rotated q [T, H, K], k [T, G, K] and v [T, G, K]."""
-
-
-def num_head_groups(num_kv_heads: int) -> int:
-    """The most groups of equal size, up to `MAX_HEAD_GROUPS`."""
-    return max(count for count in range(1, MAX_HEAD_GROUPS + 1) if num_kv_heads % count == 0)
 
 
 def forward(layer: DecoderLayer, before: Pending, row: RowContext, *, keeps_attention: bool) -> tuple[Pending, Saved]:

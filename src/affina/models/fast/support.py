@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from affina.catalog.gpus import OLDEST_FUSED_CAPABILITY
 from affina.catalog.methods import method_named
 from affina.kernels.dispatch import has_triton
 from affina.models.adapters.attach import ADAPTER_NAME, settings_of
@@ -16,9 +17,6 @@ from affina.models.fast.parameters import LoraPair
 from affina.models.forward import isolation_of, verified_head
 from affina.models.structure import base_model_of, text_config
 from affina.models.weights import QuantizedLinear
-
-_OLDEST_CARD = (8, 0)
-"""Before Ampere there is neither flash attention nor a matrix product of Triton's; the reference does better there."""
 
 PROJECTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -82,9 +80,9 @@ def _unsupported_device(device: torch.device, dtype: torch.dtype) -> Unsupported
     if device.type != "cuda" or torch.version.hip is not None:
         return Unsupported(f"it has no kernels for {'ROCm' if device.type == 'cuda' else device.type}")
     capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_CARD:
+    if capability < OLDEST_FUSED_CAPABILITY:
         return Unsupported(
-            f"its attention needs compute capability {_OLDEST_CARD[0]}.{_OLDEST_CARD[1]}, "
+            f"its attention needs compute capability {OLDEST_FUSED_CAPABILITY[0]}.{OLDEST_FUSED_CAPABILITY[1]}, "
             f"the card has {capability[0]}.{capability[1]}"
         )
     return None if has_triton() else Unsupported("Triton is not installed (`pip install triton`)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from affina.catalog.embedded import embedded_model_path
+from affina.catalog.embedded import embedded_model_path, is_embedded_name
 from affina.errors import Location, ModelError
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
@@ -108,3 +110,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _damaged_config(path: Path, what: str) -> ModelError:
     return ModelError("config-damaged", what, fix="download or copy the model again", where=Location(path))
+
+
+def find_config(path: str, *, revision: str | None = None) -> tuple[dict[str, Any], Path]:
+    """A model's config.json and the folder that it lies in, with as little asked of the network as possible.
+
+    A directory or the embedded model as it is; of a hub id the cached file, else the copy that ships with affina for
+    the presets' model, else the hub's.
+
+    Raises ModelError: model-not-found, model-unreachable, model-gated, config-damaged.
+    """
+    is_hub_id = not is_embedded_name(path) and not Path(path).expanduser().exists() and path.count("/") == 1
+    if is_hub_id:
+        known = _cached_folder(path, revision)
+        if known is not None:
+            return read_config(known), known
+        shipped = Path(str(files("affina.catalog").joinpath("assets", "configs", path.replace("/", "--"))))
+        if revision is None and shipped.is_dir():
+            return read_config(shipped), shipped
+    folder = resolve_model_folder(path, revision=revision, with_weights=False)
+    return read_config(folder), folder
+
+
+def _cached_folder(repository: str, revision: str | None) -> Path | None:
+    """The newest snapshot of a hub id in the hub's cache, if it has a config.json.
+
+    Reads the cache's documented layout: importing huggingface_hub for it takes longer than a whole plan.
+    """
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    try:
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision or ""
+    except OSError:
+        return None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if commit and (snapshot / "config.json").is_file() else None

@@ -19,16 +19,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from affina.kernels.tiled_cross_entropy import workspace_bytes
-from affina.models.families import DecoderSpec
-from affina.models.fast.memory import LONG_DOCUMENT, tokens_per_part
-from affina.models.fast.parts import num_head_groups
-from affina.models.fast.policy import LayerRanks, padded
+from affina.catalog.decoder import DecoderSpec
+from affina.catalog.fused_memory import (
+    LONG_DOCUMENT,
+    MLP_CHUNK_TOKENS,
+    FusedPeaks,
+    FusedRow,
+    allocated,
+    chunk_bytes,
+)
+from affina.catalog.save_policy import LayerRanks, padded
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight in NF4 with double quantisation."""
 LIBRARY_WORKSPACE_BYTES = 32 * 1024 * 1024
 """cuBLAS keeps it for each stream that multiplies, on Hopper and with CUBLAS_WORKSPACE_CONFIG=:4096:8."""
+MAX_HEAD_GROUPS = 4
+"""Into so many groups the heads are divided for attention's gradient: more would save another 2 KiB per token of
+Qwen3-4B, and leave a large card idle on rows of a few thousand tokens."""
+TILE_BYTES = 16 * 1024 * 1024
+"""Of a head's tile that is expanded at once. kernels/logits.py and tiled_cross_entropy.py need torch, so this number
+and the two below are stated twice; a test compares them."""
+TILE_MULTIPLE = 128
+HEAD_CHUNK_ROWS = 512
+_SMALLEST_PART = 512
+_PART_MULTIPLE = 128
+_PARTS_OF_A_LONG_ROW = 16
 _FOLDED_SUMS_BYTES = 8 * 1024 * 1024
 """Partial sums of the ranks' gradients in the activation's kernel: a few times I · R float32."""
 
@@ -86,6 +102,26 @@ def lowest_footprint(
     )
 
 
+def tokens_per_part(num_tokens: int) -> int:
+    """Tokens that a layer in parts computes at once: at least so many that the weights, which are expanded anew for
+    every part, are used well, and for long rows few beside what grows with them."""
+    share = num_tokens // _PARTS_OF_A_LONG_ROW // _PART_MULTIPLE * _PART_MULTIPLE
+    return min(max(share, _SMALLEST_PART), MLP_CHUNK_TOKENS)
+
+
+def num_head_groups(num_kv_heads: int) -> int:
+    """The most groups of equal size, up to `MAX_HEAD_GROUPS`."""
+    return max(count for count in range(1, MAX_HEAD_GROUPS + 1) if num_kv_heads % count == 0)
+
+
+def head_workspace_bytes(shape: tuple[int, int], itemsize: int) -> int:
+    """Bytes of the workspace for a head of `shape` (V, D) that is expanded tile by tile."""
+    entries = TILE_BYTES // (shape[1] * itemsize)
+    entries = min(shape[0], max(TILE_MULTIPLE, entries // TILE_MULTIPLE * TILE_MULTIPLE))
+    logits = HEAD_CHUNK_ROWS * entries * (4 + (itemsize if itemsize < 4 else 1))
+    return entries * shape[1] * itemsize + logits + 2 * HEAD_CHUNK_ROWS * shape[1] * 4
+
+
 def bytes_at_work(spec: DecoderSpec, *, num_tokens: int, itemsize: int, ranks: LayerRanks) -> int:
     """Bytes of a layer in parts, or of the head, at the busiest moment of a row that is one document."""
     moments = bytes_per_token(
@@ -100,7 +136,7 @@ def bytes_at_work(spec: DecoderSpec, *, num_tokens: int, itemsize: int, ranks: L
     in_parts = {
         "forward, MLP": part * (wide + 3 * hidden),
         "backward, MLP": part * (wide + hidden) + _FOLDED_SUMS_BYTES,
-        "head": workspace_bytes((spec.vocabulary_size, hidden), itemsize),
+        "head": head_workspace_bytes((spec.vocabulary_size, hidden), itemsize),
     }
     return max(num_tokens * per_token + in_parts.get(moment, 0) for moment, per_token in moments.items())
 
@@ -126,3 +162,15 @@ def bytes_per_token(spec: DecoderSpec, *, itemsize: int, num_extra: int, sends_a
         "backward, MLP": backward,
         "backward, attention": backward + group // num_head_groups(spec.num_kv_heads),
     }
+
+
+def parts_peaks(row: FusedRow) -> FusedPeaks:
+    """The peaks of a row all of whose layers are computed in parts. A head in tiles is one of a layer's moments."""
+    at_work = bytes_at_work(row.spec, num_tokens=row.num_tokens, itemsize=row.itemsize, ranks=row.ranks)
+    x = row.values(row.spec.hidden_size)
+    kept = row.spec.num_layers * row.values(row.ranks.down) + 3 * allocated(row.num_tokens, 8)
+    chunk = chunk_bytes(row.num_predicted, row.chunk_rows, row.spec.vocabulary_size, row.itemsize, has_gradient=True)
+    head = kept + 2 * x + 2 * row.values(row.spec.hidden_size, rows=row.num_predicted) + chunk
+    if row.tiles_head:
+        head = kept + at_work
+    return FusedPeaks(kept + at_work, head, kept + at_work + allocated(row.num_parameters, 4))

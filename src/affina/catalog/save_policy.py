@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypedDict
 
-from affina.models.families import DecoderSpec
+from affina.catalog.decoder import DecoderSpec
 
 PITCH = 64
 """Elements to which row strides of wide buffers are rounded up: 128 bytes in 16 bits."""
@@ -53,6 +52,9 @@ class LayerRanks:
     output: int
     gate_up: int
     down: int
+
+    largest: int = 0
+    """The largest rank of a single projection."""
 
     @property
     def total(self) -> int:
@@ -97,6 +99,11 @@ class SavePolicy:
         per_token = sum(kept_bytes_per_token(spec, keep, itemsize=itemsize, ranks=ranks) for keep in self.layers)
         return per_token * num_tokens
 
+    @property
+    def num_without_attention(self) -> int:
+        """Layers that would compute attention again; in rows of long documents its output goes to the host instead."""
+        return sum(keep < Keep.ATTENTION for keep in self.layers)
+
     def leaner(self) -> SavePolicy | None:
         """The next policy with less memory: every layer at the richest level goes one down. None: nothing is left."""
         richest = max(self.layers)
@@ -110,33 +117,3 @@ class SavePolicy:
             return "everything for the backward pass"
         counts = {keep: self.layers.count(keep) for keep in Keep}
         return ", ".join(f"{count} × {keep.name.lower()}" for keep, count in reversed(counts.items()) if count)
-
-
-class RowSizes(TypedDict):
-    """What the bytes of a row follow from, besides the decoder."""
-
-    num_tokens: int
-    itemsize: int
-    ranks: LayerRanks
-
-
-def choose_policy(
-    spec: DecoderSpec, *, budget_bytes: int, num_tokens: int, itemsize: int, ranks: LayerRanks, may_offload: bool
-) -> SavePolicy:
-    """The policy with the least recomputation that keeps at most `budget_bytes`; the leanest one when none does.
-
-    Adjacent levels are mixed: as many layers as fit are at the higher one, the last layers first, because they are the
-    first whose memory the backward pass frees.
-    """
-    leanest = Keep.PARTS if may_offload else Keep.INPUT
-    costs = {keep: kept_bytes_per_token(spec, keep, itemsize=itemsize, ranks=ranks) * num_tokens for keep in Keep}
-    for keep in sorted(Keep, reverse=True):
-        if keep <= leanest:
-            break
-        lower = Keep(keep - 1)
-        spare = budget_bytes - spec.num_layers * costs[lower]
-        if spare < 0:
-            continue
-        num_higher = min(spec.num_layers, spare // (costs[keep] - costs[lower]))
-        return SavePolicy((lower,) * (spec.num_layers - num_higher) + (keep,) * num_higher)
-    return SavePolicy.uniform(spec.num_layers, leanest)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from affina.models.families import DecoderSpec
-from affina.models.fast.policy import Keep, LayerRanks, SavePolicy, choose_policy, kept_bytes_per_token
+from affina.catalog.decoder import DecoderSpec
+from affina.catalog.fused_choice import StepChoice, StepDemand, choose_step, step_bytes
+from affina.catalog.fused_memory import FusedRow
+from affina.catalog.save_policy import Keep, LayerRanks, SavePolicy, kept_bytes_per_token
 
 QWEN3_4B = DecoderSpec("qwen3", 36, 2560, 9728, 32, 8, 128, 151_936, 1e-6, True, (None,) * 36)
-RANKS = LayerRanks(qkv=48, output=16, gate_up=32, down=16)
+RANKS = LayerRanks(qkv=48, output=16, gate_up=32, down=16, largest=16)
+
+
+def row(num_tokens: int) -> FusedRow:
+    return FusedRow(QWEN3_4B, RANKS, num_tokens, num_tokens, 2, "dense", 33_030_144, 441)
 
 
 def choose(budget_bytes: int, *, num_tokens: int = 16_384, may_offload: bool = True) -> SavePolicy:
-    return choose_policy(
-        QWEN3_4B,
-        budget_bytes=budget_bytes,
-        num_tokens=num_tokens,
-        itemsize=2,
-        ranks=RANKS,
-        may_offload=may_offload,
-    )
+    options = {"recompute": "auto", "may_offload": may_offload, "may_capture": False, "on_gpu": True}
+    return choose_step(row(num_tokens), StepDemand(), budget_bytes=budget_bytes, **options).policy  # type: ignore[arg-type]
+
+
+def needed(policy: SavePolicy, num_tokens: int) -> int:
+    return step_bytes(row(num_tokens), StepChoice(policy, False), StepDemand(), on_gpu=True).needed
 
 
 def num_bytes(policy: SavePolicy, num_tokens: int = 16_384) -> int:
@@ -49,22 +53,33 @@ def test_a_higher_level_never_keeps_less() -> None:
     assert sizes == sorted(sizes)
 
 
+@settings(max_examples=12, deadline=None)
 @given(gibibytes=st.floats(0, 80), num_tokens=st.integers(128, 40_000))
 def test_the_choice_fits_and_one_layer_more_would_not(gibibytes: float, num_tokens: int) -> None:
     budget = int(gibibytes * 2**30)
     policy = choose(budget, num_tokens=num_tokens)
-    leanest = SavePolicy.uniform(36, Keep.PARTS)
-    if num_bytes(leanest, num_tokens) > budget:
-        assert policy == leanest
+    leanest = SavePolicy.uniform(36, Keep.OFFLOADED)
+    if needed(leanest, num_tokens) > budget:
+        assert policy == SavePolicy.uniform(36, Keep.PARTS)
         return
-    assert num_bytes(policy, num_tokens) <= budget
+    assert needed(policy, num_tokens) <= budget
     if set(policy.layers) != {Keep.ALL}:
         lowest = min(policy.layers)
         position = max(index for index, keep in enumerate(policy.layers) if keep == lowest)
         richer = SavePolicy(
             tuple(Keep(keep + 1) if index == position else keep for index, keep in enumerate(policy.layers))
         )
-        assert num_bytes(richer, num_tokens) > budget
+        assert needed(richer, num_tokens) > budget
+
+
+def test_rows_are_captured_when_there_is_room_for_their_memory_besides() -> None:
+    options = {"recompute": "auto", "may_offload": True, "may_capture": True, "on_gpu": True}
+    roomy, tight = (
+        choose_step(row(2048), StepDemand(), budget_bytes=budget << 20, **options)  # type: ignore[arg-type]
+        for budget in (20_000, 1_100)
+    )
+    assert roomy == StepChoice(SavePolicy.uniform(36, Keep.ALL), is_captured=True)
+    assert not tight.is_captured
 
 
 def test_without_offloading_the_leanest_keeps_inputs() -> None:

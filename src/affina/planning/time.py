@@ -1,0 +1,144 @@
+"""How long a step takes: operations over the card's dense peaks and bytes over its bandwidth, at measured shares.
+
+    base products   4 · weights · tokens FLOP (forward and input gradient; weights are frozen), more where recomputed
+    attention       2 · H K · Σ L² forward for documents of L tokens (causal), 2.5 times as much backward
+    head            4 · V · D · supervised tokens
+    the rest        bytes that norms, rotations, activations and adapters move
+    launches        what the host needs for operations that are launched one by one
+
+The shares are in assets/coefficients.json, each with the measurement that it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from affina.catalog.gpus import Gpu
+from affina.catalog.save_policy import Keep
+from affina.planning.coefficients import Coefficients
+from affina.planning.memory import MemoryPlan
+from affina.planning.setup import StepSetup
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimiser step by part; `micro_seconds` of one micro-batch."""
+
+    products: float
+    attention: float
+    head: float
+    traffic: float
+    expansion: float
+    launches: float
+    micro_seconds: float
+    step_seconds: float
+    tokens_per_second: float
+
+
+def plan_time(setup: StepSetup, memory: MemoryPlan, coefficients: Coefficients) -> StepTime | None:
+    """The time of a step on the setup's card; None on a CPU, whose speed no catalog knows."""
+    gpu = setup.gpu
+    if gpu is None:
+        return None
+    c = coefficients
+    tokens = setup.row_tokens
+    is_fast = memory.engine == "fast"
+    rates = _Rates(gpu, setup, c, is_fast=is_fast)
+    again = _recomputed(setup, memory)
+    weights = setup.shape.linear_weights
+    products = (4 * weights + 2 * weights * again.products) * tokens / rates.gemm(tokens)
+    square = sum(length * length for length in setup.documents)
+    forward = 2 * setup.shape.query_size * square * setup.shape.num_layers
+    attention = forward * (3.5 + again.attention) / rates.attention
+    head = 4 * setup.shape.embedding_parameters * setup.predicted / rates.head
+    head += 10 * setup.shape.vocabulary_size * setup.predicted / rates.traffic
+    traffic = _bytes_moved(setup) * (1 + again.share / 3) * tokens / rates.traffic
+    traffic *= 1 if is_fast else c.reference_traffic
+    passes = 2 + again.share
+    expansion = 0.0 if setup.products != "expanded" and is_fast else _expansion_bytes(setup) * passes / rates.traffic
+    launches = 0.0
+    if not (memory.choice is not None and memory.choice.is_captured):
+        count = c.launches_fast if is_fast else c.launches_reference
+        launches = count * setup.shape.num_layers * c.launch_seconds
+    busy = (products + attention + head + traffic + expansion) * c.overhead
+    micro = max(busy, launches) * c.time_factor
+    step = micro * setup.micro_batches
+    return StepTime(
+        products,
+        attention,
+        head,
+        traffic,
+        expansion,
+        launches,
+        micro,
+        step,
+        tokens / micro,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What is computed a second time: shares of the forward products, of attention, of all layers."""
+
+    products: float
+    attention: float
+    share: float
+
+
+def _recomputed(setup: StepSetup, memory: MemoryPlan) -> _Again:
+    if memory.choice is None:
+        return _Again(1.0, 1.0, 1.0) if memory.recomputes else _Again(0.0, 0.0, 0.0)
+    weights = {linear.name: linear.num_weights for linear in setup.shape.linears}
+    total = sum(weights.values())
+    qkv = weights["q_proj"] + weights["k_proj"] + weights["v_proj"]
+    gate_up = weights["gate_proj"] + weights["up_proj"]
+    of_level = {
+        Keep.PARTS: total,
+        Keep.OFFLOADED: total - weights["down_proj"],
+        Keep.INPUT: total - weights["down_proj"],
+        Keep.ATTENTION: qkv + gate_up,
+        Keep.PROJECTIONS: gate_up,
+        Keep.PRODUCTS: 0,
+        Keep.ALL: 0,
+    }
+    layers = memory.choice.policy.layers
+    attended = sum(keep <= Keep.INPUT for keep in layers) / len(layers)
+    products = sum(of_level[keep] for keep in layers) / (total * len(layers))
+    return _Again(products, attended, products)
+
+
+class _Rates:
+    """FLOP and bytes per second that the card reaches."""
+
+    def __init__(self, gpu: Gpu, setup: StepSetup, c: Coefficients, *, is_fast: bool) -> None:
+        clock = 1.0 if gpu.tdp_watts >= 300 else c.small_card_share
+        peak = {"bf16": gpu.tflops_bf16 or gpu.tflops_fp16, "fp16": gpu.tflops_fp16}.get(setup.precision)
+        # float32 runs on the ordinary units, at about an eighth of the 16-bit matrix units
+        sixteen = (peak if peak is not None else gpu.tflops_fp16 / 8) * 1e12 * clock
+        self._half = c.gemm_half_tokens
+        self._gemm = sixteen * (c.gemm_share if is_fast else c.reference_gemm_share)
+        if is_fast and setup.products == "fp8" and gpu.tflops_fp8 is not None:
+            self._gemm = gpu.tflops_fp8 * 1e12 * clock * c.gemm_share_fp8
+        self.attention = sixteen * c.attention_share
+        self.head = sixteen * c.head_share
+        self.traffic = gpu.bandwidth_gb_s * 1e9 * c.traffic_share
+
+    def gemm(self, tokens: int) -> float:
+        """Small rows leave the matrix units waiting."""
+        return self._gemm * tokens / (tokens + self._half)
+
+
+def _bytes_moved(setup: StepSetup) -> float:
+    """Of one token through all layers, both passes, beside products: norms and residuals, the activation, adapters."""
+    shape = setup.shape
+    rows = (30 * shape.hidden_size + 12 * shape.intermediate_size) * setup.itemsize
+    adapters = 2 * setup.itemsize * setup.num_trainable / max(setup.adapter.rank, 1) / shape.num_layers
+    return (rows + adapters) * shape.num_layers
+
+
+def _expansion_bytes(setup: StepSetup) -> float:
+    """Read and written when every quantised weight is expanded once."""
+    if setup.format == "none":
+        return 0.0
+    stored = {"nf4": 0.52, "fp4": 0.52, "int8": 1.0, "fp8": 1.0}[setup.format]
+    return setup.shape.linear_weights * (stored + setup.itemsize)

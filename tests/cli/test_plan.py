@@ -1,0 +1,154 @@
+"""`affina plan`: what a person sees, what a program gets, and how fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from affina.cli.main import run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFFINA_CACHE", str(tmp_path / "cache"))
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(["plan", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_one_card_is_shown_with_every_part_of_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "starter", "--gpu", "t4")
+    assert code == 0
+    for text in ("4,022,468,096 parameters", "33,030,144 trained", "base weights", "optimiser", "activations kept",
+                 "CUDA context", "total", "fits", "Colab free", "132.2 MB"):  # fmt: skip
+        assert text in out, text
+
+
+def test_all_cards_are_a_table_with_dated_prices(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "production", "--gpu", "all")
+    assert code == 0
+    for text in ("rtx3060", "b200", "fits (fast)", "fits (reference)", "RunPod", "2026-"):
+        assert text in out, text
+
+
+def test_a_run_that_fits_nowhere_ends_with_1_and_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "premium", "--gpu", "rtx3060")
+    assert code == 1
+    assert "does not fit" in out
+    assert "it fits with" in out
+    assert "training.micro_batch_size" in out
+
+
+def test_a_fit_prints_the_settings_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "premium", "--fit", "16")
+    assert code == 0
+    assert "within 16 GiB" in out
+    assert "layers keep" in out
+    assert "fits  " in out
+
+
+def test_json_has_the_same_numbers_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100", "--json")
+    assert code == 0
+    values: dict[str, Any] = json.loads(out)
+    (card,) = values["cards"]
+    assert card["memory"]["total_bytes"] == sum(part["num_bytes"] for part in card["memory"]["components"])
+    assert values["model"]["num_parameters"] == 4_022_468_096
+    assert card["fits"] is True
+
+
+def test_prices_of_ones_own_are_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("provider,gpu,kind,usd_per_hour,date\nmy cluster,h100,on-demand,9.99,2026-11-20\n")
+    _, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100", "--prices", str(file))
+    assert "my cluster, on-demand, 9.99/h on 2026-11-20" in out
+
+
+def test_the_trace_is_shown_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "laptop", "--trace")
+    assert code == 0
+    assert "trace" in out
+    assert "operations" in out
+
+
+def test_counted_data_gives_exact_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "laptop", "--tokenize", "--json")
+    assert code == 0
+    values = json.loads(out)
+    assert values["data"]["is_exact"] is True
+    assert values["data"]["num_steps"] == 207  # as the quickstart trains
+    assert values["notes"] == []
+
+
+def test_a_stream_cannot_be_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    file_config = tmp_path / "run.yaml"
+    file_config.write_text(
+        f"model: affina/nano\ndata: {{train: {file}, streaming: true}}\ntraining: {{max_steps: 3, device: cpu}}\n"
+    )
+    code, _, err = plan(capsys, str(file_config), "--tokenize")
+    assert code == 1
+    assert "error[plan-of-stream]" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "production", "--gpu", "rtx4080"], "did you mean rtx4090"),
+        (["--preset", "production", "--fit", "2"], "error[nothing-fits]"),
+        (["--recommend", "--gpu", "t4"], "--recommend needs --gpu, --model and --data"),
+        (["--model", "x"], "--model and --data belong to --recommend"),
+        (["--preset", "production", "--gpu", "t4", "--prices", "none.csv"], "error[prices-unreadable]"),
+        (["--preset", "production", "--set", "data.max_length=99999", "--gpu", "t4"], "131,072 with YaRN"),
+        (["--preset", "production", "--set", "adapter=dora", "--gpu", "h100"], "error[plan-unsupported]"),
+        (["--fit", "-3"], "error[usage]"),
+    ],
+)
+def test_mistakes_are_told_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, _, err = plan(capsys, *arguments)
+    assert code in (1, 2)
+    assert message in err
+    assert "fix:" in err
+
+
+def test_a_model_without_a_config_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = plan(capsys, "--set", f"model.path={tmp_path}", "--gpu", "t4")
+    assert code == 1
+    assert "has no config.json" in err
+
+
+def test_a_plan_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom affina.cli.main import run\n"
+        "code = run(['plan', '--preset', 'premium', '--gpu', 'h200', '--json'])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.process_time_ns()
+        before = _children_seconds()
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+        seconds.append(_children_seconds() - before)
+        assert time.process_time_ns() >= started
+    # Of the processor, not of the clock: other programs run on the machine.
+    assert min(seconds) < 1.0, seconds
+
+
+def _children_seconds() -> float:
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

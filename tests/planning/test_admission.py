@@ -1,0 +1,104 @@
+"""A run that cannot fit is refused before its weights are loaded, and the refusal says with what it would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import affina
+from affina.config import load_mapping
+from affina.config.schema import RunConfig
+from affina.errors import TrainingError
+from affina.planning.admission import Device, admit, measured_record, planned_record
+from affina.planning.coefficients import coefficients_for
+from affina.planning.workload import estimated_workload
+
+GIB = 2**30
+
+
+def config(**sections: Any) -> RunConfig:
+    return load_mapping({"extends": "premium", "data": {"train": "affina/support"}, **sections}).config
+
+
+def device(free_gib: float, name: str = "NVIDIA H100 80GB HBM3") -> Device:
+    return Device(name, (9, 0), 80 * GIB, int(free_gib * GIB))
+
+
+def test_a_run_that_fits_is_let_in_with_its_plan() -> None:
+    which = config()
+    plan = admit(which, estimated_workload(which), device(78))
+    assert plan is not None
+    assert plan.fits
+    record = planned_record(plan)
+    assert record["engine"] == "fast"
+    assert record["allocated_bytes"] == plan.memory.allocated_bytes
+    json.dumps(record)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_smallest_change() -> None:
+    which = config(training={"micro_batch_size": 4, "gradient_accumulation_steps": 2})
+    with pytest.raises(TrainingError, match=r"error\[memory-too-small\]: this run needs .* GiB") as error:
+        admit(which, estimated_workload(which), device(11.0))
+    assert "free are 11.00" in str(error.value)
+    assert "training.micro_batch_size" in str(error.value)
+    assert "then it needs" in str(error.value)
+
+
+def test_a_limit_of_the_users_own_refuses_too_and_is_named() -> None:
+    which = config(engine={"memory": 6.0})
+    with pytest.raises(TrainingError, match=r"engine\.memory allows 6\.00") as error:
+        admit(which, estimated_workload(which), device(78))
+    assert "quantization.method: nf4" in str(error.value)
+
+
+def test_where_nothing_helps_the_smallest_card_is_named() -> None:
+    which = config()
+    with pytest.raises(TrainingError, match="the smallest card that holds it"):
+        admit(which, estimated_workload(which), device(1.0))
+
+
+def test_a_model_that_cannot_be_counted_is_tried_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
+    which = load_mapping({"model": str(tmp_path), "data": {"train": "affina/support"}}).config
+    assert admit(which, estimated_workload(which), device(0.1)) is None
+
+
+@pytest.mark.parametrize("sections", [{"adapter": {"method": "dora"}}, {"training": {"objective": "dpo"}}])
+def test_a_run_that_is_not_counted_is_tried_not_refused(sections: dict[str, Any]) -> None:
+    which = config(**sections)
+    assert admit(which, estimated_workload(which), device(0.1)) is None
+
+
+def test_measurements_are_kept_beside_the_plan_and_taught() -> None:
+    which = config()
+    plan = admit(which, estimated_workload(which), device(78))
+    assert plan is not None and plan.step is not None  # noqa: PT018
+    peak, seconds = int(plan.memory.allocated_bytes / 1.01), 2 * plan.step.step_seconds * 40
+    record = measured_record(which, plan, engine="fast", peak_bytes=peak, training_seconds=seconds, num_steps=40)
+    assert record["memory_error"] == pytest.approx(0.01, abs=1e-4)
+    assert record["time_error"] == pytest.approx(-0.5)
+    assert coefficients_for("h100", "fast", "none").time_factor == pytest.approx(2.0)
+
+
+def test_another_engine_than_planned_teaches_nothing() -> None:
+    which = config()
+    plan = admit(which, estimated_workload(which), device(78))
+    assert plan is not None
+    measured_record(which, plan, engine="reference", peak_bytes=1, training_seconds=1.0, num_steps=40)
+    assert coefficients_for("h100", "fast", "none").time_factor == 1.0
+
+
+def test_training_refuses_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loading(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("affina.models.build.load_for_training", loading)
+    options = [f"output.directory={tmp_path}", "output.name=refused", "engine.memory=0.02"]
+    with pytest.raises(TrainingError, match="memory-too-small"):
+        affina.train(preset="laptop", overrides=options)
+    manifest = json.loads((tmp_path / "refused" / "run.json").read_text())
+    assert manifest["status"] == "failed"
+    assert manifest["error"]["code"] == "memory-too-small"
