@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma2Config, GPT2Config, MambaConfig, MistralConfig
 
 from affina.errors import ModelError
+from affina.models import generate as generation
 from affina.models.adapters import adapter_disabled, attach_adapter
 from affina.models.forward import isolation_of
 from affina.models.generate import generate, stream
@@ -40,6 +41,27 @@ def test_a_reply_does_not_depend_on_the_batch(name, packed_attention):
     together = generate(model, prompts(), batch_size=7, **options)
     assert together == generate(model, prompts(), batch_size=2, **options)
     assert together == [generate(model, [prompt], **options)[0] for prompt in prompts()]
+
+
+def test_a_batch_that_memory_does_not_hold_is_cut_with_the_same_replies(monkeypatch):
+    model, options = random_model(qwen3_config()), {"max_new_tokens": 5, "stop_ids": [3]}
+    expected = generate(model, prompts(), batch_size=7, **options)
+    sizes = []
+    continue_batch = generation._continue_batch
+
+    def on_a_small_card(model, texts, *arguments):
+        sizes.append(len(texts))
+        if len(texts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        continue_batch(model, texts, *arguments)
+
+    monkeypatch.setattr(generation, "_continue_batch", on_a_small_card)
+    limit = 2
+    assert generate(model, prompts(), batch_size=7, **options) == expected
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, prompts(), batch_size=7, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

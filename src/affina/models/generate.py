@@ -10,8 +10,9 @@ together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def generate(
 
     max_new_tokens: at most this many, fewer where the model's context ends
     stop_ids:       generation of a prompt ends at any of these
+    batch_size:     so many at once; fewer, with the same results, where the device's memory does not hold them
     Raises ModelError[prompt-empty] for a prompt without tokens and [prompt-too-long] for one that fills the context.
     """
     _check_prompts(model, prompts)
@@ -66,13 +68,37 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     results: list[list[int]] = [[] for _ in prompts]
     with evaluation_mode(model), compute_context(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        while order:
+            chosen = order[:batch_size]
             sequences = [_Sequence(index, generator=_generator(sampling, index)) for index in chosen]
-            _continue_batch(model, [prompts[index] for index in chosen], sequences, max_new_tokens, stop_ids, sampling)
+            work = partial(
+                _continue_batch,
+                model,
+                [prompts[index] for index in chosen],
+                sequences,
+                max_new_tokens,
+                stop_ids,
+                sampling,
+            )
+            if not _fits(work, len(chosen)):
+                batch_size = (len(chosen) + 1) // 2
+                continue
             for sequence in sequences:
                 results[sequence.index] = sequence.tokens
+            order = order[len(chosen) :]
     return results
+
+
+def _fits(work: Callable[[], None], num_sequences: int) -> bool:
+    """Whether `work` ended; False when memory ran out and fewer sequences than these may need less."""
+    try:
+        work()
+        return True
+    except torch.OutOfMemoryError:
+        if num_sequences == 1:
+            raise
+    torch.cuda.empty_cache()  # here, where the error no longer holds what did not fit
+    return False
 
 
 def stream(

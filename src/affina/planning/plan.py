@@ -288,11 +288,11 @@ def _notes(config: RunConfig, shape: ModelShape, workload: Workload, raw: dict[s
         notes.append(f"{shape.model_type} is not described: it is counted as a Llama-like decoder of the same sizes")
     if not workload.is_exact:
         known = (
-            "from the size of the files"
+            "estimated from the size of the files"
             if workload.num_tokens is not None
-            else "unknown: the data is not a local text file"
+            else "unknown, because the data is not a plain text file here"
         )
-        notes.append(f"tokens and steps are estimated {known}; --tokenize counts them")
+        notes.append(f"tokens and steps are {known}; --tokenize counts them")
     if shape.stored_format is not None and shape.stored_format not in WEIGHT_FORMATS:
         notes.append(f"the checkpoint is stored as {shape.stored_format}, which affina does not train on")
     return notes
