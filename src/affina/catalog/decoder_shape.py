@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from affina.catalog.embedded import embedded_model_path
+from affina.catalog.shapes import read_shape
 from affina.errors import Location, ModelError
 
 _FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+_BLOCKS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "mlp"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,41 +85,26 @@ def decoder_shape(config: Mapping[str, Any]) -> DecoderShape | None:
     if config.get("model_type") not in _FAMILIES:
         return None
     try:
-        return _shape(config)
-    except (KeyError, TypeError, ValueError):
+        shape = read_shape(config)
+    except ModelError:
         return None
-
-
-def _shape(config: Mapping[str, Any]) -> DecoderShape:
-    family = str(config["model_type"])
-    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads = int(config["num_attention_heads"])
-    groups = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or (128 if family == "qwen3" else width // heads))
-    qkv_bias = family == "qwen2" or bool(config.get("attention_bias", False))
-    out_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias", False))
-    mlp_bias = family == "llama" and bool(config.get("mlp_bias", False))
-    linears = (
-        LinearShape("self_attn.q_proj", heads * head_dim, width, qkv_bias),
-        LinearShape("self_attn.k_proj", groups * head_dim, width, qkv_bias),
-        LinearShape("self_attn.v_proj", groups * head_dim, width, qkv_bias),
-        LinearShape("self_attn.o_proj", width, heads * head_dim, out_bias),
-        LinearShape("mlp.gate_proj", inner, width, mlp_bias),
-        LinearShape("mlp.up_proj", inner, width, mlp_bias),
-        LinearShape("mlp.down_proj", width, inner, mlp_bias),
-    )
-    norms = (width, width, *((head_dim, head_dim) if family == "qwen3" else ()))
+    has_qk_norm = shape.norm_values > 2 * shape.hidden_size
     return DecoderShape(
-        model_type=family,
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=width,
-        num_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        vocabulary_size=int(config["vocab_size"]),
-        is_tied=bool(config.get("tie_word_embeddings", family == "qwen3")),
-        linears=linears,
-        norms=norms,
+        model_type=shape.model_type,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocabulary_size=shape.vocabulary_size,
+        is_tied=shape.ties,
+        linears=tuple(
+            LinearShape(
+                f"{_BLOCKS[linear.name]}.{linear.name}", linear.out_features, linear.in_features, linear.has_bias
+            )
+            for linear in shape.linears
+        ),
+        norms=(shape.hidden_size,) * 2 + ((shape.head_dim,) * 2 if has_qk_norm else ()),
     )
 
 
