@@ -32,7 +32,7 @@ def test_ten_steps_give_the_bits_of_torchs_adamw(weight_decay, fused):
             adamw_step(parameters, gradient, first, second, step=step, learning_rate=3e-3, epsilon=1e-6, **options)
         else:
             coefficients = Coefficients(step=step, learning_rate=3e-3, epsilon=1e-6, **options)
-            _adamw_step(parameters, gradient, first, second, coefficients, 1.0, None)
+            _adamw_step(parameters, gradient, first, second, coefficients, 1.0)
     state = optimizer.state[expected]
     assert torch.equal(parameters, expected.detach())
     assert torch.equal(first, state["exp_avg"])
@@ -56,25 +56,17 @@ def test_the_gradient_factor_scales_the_gradient_and_leaves_it_alone():
     assert torch.equal(second, others[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_shadow_is_the_rounded_parameter(dtype):
-    parameters, gradients, first, second = buffers(77)
-    shadow = torch.zeros(77, dtype=dtype)
-    adamw_step(parameters, gradients, first, second, step=1, learning_rate=0.1, shadow=shadow)
-    assert torch.equal(shadow, parameters.to(dtype))
-
-
 @pytest.mark.parametrize("factor", [0.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
 def test_a_factor_of_zero_or_no_number_leaves_everything_untouched(factor, on_device):
-    tensors = [*buffers(65), torch.ones(65).bfloat16()]
+    tensors = buffers(65)
     before = [tensor.clone() for tensor in tensors]
     tensors[1][3] = math.nan
     adamw_step(
-        *tensors[:4], step=1, learning_rate=0.1, weight_decay=0.5,
-        gradient_factor=torch.tensor(factor) if on_device else factor, shadow=tensors[4],
+        *tensors, step=1, learning_rate=0.1, weight_decay=0.5,
+        gradient_factor=torch.tensor(factor) if on_device else factor,
     )  # fmt: skip
-    for index in (0, 2, 3, 4):
+    for index in (0, 2, 3):
         assert torch.equal(tensors[index], before[index])
 
 

@@ -58,7 +58,7 @@ class Footprint:
     norms:         weights of all norms
     adapter:       one layer's matrices and gradients on their way from and to the host
     expanded:      the largest weight that is expanded at once
-    library:       the workspace of the matrix products
+    products:      the workspace of the matrix products
     kept:          between the passes: t of the down projections, token ids, angles
     at_work:       a layer or the head, at the busiest moment
     """
@@ -68,7 +68,7 @@ class Footprint:
     norms: int
     adapter: int
     expanded: int
-    library: int
+    products: int
     kept: int
     at_work: int
 
@@ -96,7 +96,7 @@ def lowest_footprint(
         norms=norms * itemsize,
         adapter=num_adapter * (4 + 4 + 2 * itemsize),
         expanded=max((rows + rank) * columns for rows, columns in shapes) * itemsize,
-        library=LIBRARY_WORKSPACE_BYTES,
+        products=LIBRARY_WORKSPACE_BYTES,
         kept=num_tokens * kept,
         at_work=bytes_at_work(spec, num_tokens=num_tokens, itemsize=itemsize, ranks=ranks),
     )

@@ -22,14 +22,13 @@ stay on the device (`gradient_norm`, `clip_factor`): the host never waits to lea
 captured in a CUDA graph. The rule, 1e-6 included, is that of `torch.nn.utils.clip_grad_norm_`.
 
 **A step that must not happen.** A NaN or infinite norm gives f = 0, and a factor that is 0 or not finite leaves
-parameters, moments and shadow exactly as they are: the kernel tests the factor before it writes. The caller learns from
+parameters and moments exactly as they are: the kernel tests the factor before it writes. The caller learns from
 the norm, later and at no cost, that the step did not count. Since squares are summed in float32 a norm above 1.8e19
 counts as infinite.
 
-**Memory.** θ, m, v are read and written, g read, the 16-bit shadow (the copy that matrix products read) written: 30
-bytes per parameter in one pass; torch's fused AdamW, a scaling of g and a cast move 44. Everything is float32; offsets
-are 64 bits wide. There are no atomics: a norm is the sum of at most 1,024 partial sums, each over fixed blocks in a
-fixed order, so equal gradients give equal bits.
+**Memory.** θ, m, v are read and written, g read: 28 bytes per parameter in one pass; a scaling of g and torch's fused
+AdamW move 36. Everything is float32; offsets are 64 bits wide. There are no atomics: a norm is the sum of at most 1,024
+partial sums, each over fixed blocks in a fixed order, so equal gradients give equal bits.
 """
 
 from __future__ import annotations
@@ -108,22 +107,19 @@ def adamw_step(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     gradient_factor: float | Tensor = 1.0,
-    shadow: Tensor | None = None,
 ) -> None:
-    """Updates parameters, moments and shadow in place.
+    """Updates parameters and moments in place.
 
     parameters, gradients, first_moment, second_moment: [P] fp32, contiguous; gradients are only read
     step:            number of this step, from 1
     gradient_factor: f, what gradients are multiplied by: inverse loss scale times clip factor. A float, or a float32
                      scalar on the device (`clip_factor`). 0, NaN and infinity mean that nothing is written at all
-    shadow:          [P] bf16 or fp16, receives the new parameters rounded to nearest, or None
     """
     for tensor in (parameters, gradients, first_moment, second_moment):
         assert tensor.dtype == torch.float32, f"AdamW keeps float32, got {tensor.dtype}"
         assert tensor.shape == parameters.shape, "one gradient and two moments for each parameter"
         assert tensor.dim() == 1, "the buffer is flat"
         assert tensor.is_contiguous(), "the buffer is contiguous"
-    assert shadow is None or (shadow.shape == parameters.shape and shadow.is_contiguous()), "one shadow each"
     if isinstance(gradient_factor, Tensor):
         assert gradient_factor.dtype == torch.float32, f"the factor is float32, not {gradient_factor.dtype}"
         assert gradient_factor.numel() == 1, "one factor for all gradients"
@@ -132,11 +128,11 @@ def adamw_step(
     if use_triton(parameters):
         from affina.kernels.triton import adamw as kernel
 
-        kernel.adamw_step(*buffers, coefficients, gradient_factor, shadow)
+        kernel.adamw_step(*buffers, coefficients, gradient_factor)
     elif parameters.device.type == "cpu":
-        _adamw_step_cpu(*buffers, coefficients, gradient_factor, shadow)
+        _adamw_step_cpu(*buffers, coefficients, gradient_factor)
     else:
-        _adamw_step(*buffers, coefficients, gradient_factor, shadow)
+        _adamw_step(*buffers, coefficients, gradient_factor)
 
 
 def _adamw_step_cpu(
@@ -146,7 +142,6 @@ def _adamw_step_cpu(
     second_moment: Tensor,
     coefficients: Coefficients,
     gradient_factor: float | Tensor,
-    shadow: Tensor | None,
 ) -> None:
     """torch's own kernel, which makes one pass where the specification makes nine."""
     factor = float(gradient_factor)
@@ -168,8 +163,6 @@ def _adamw_step_cpu(
         eps=coefficients.epsilon,
         maximize=False,
     )
-    if shadow is not None:
-        shadow.copy_(parameters)
 
 
 def _adamw_step(
@@ -179,7 +172,6 @@ def _adamw_step(
     second_moment: Tensor,
     coefficients: Coefficients,
     gradient_factor: float | Tensor,
-    shadow: Tensor | None,
 ) -> None:
     """The specification. Waits for a factor that lies on a device."""
     factor = float(gradient_factor)
@@ -191,8 +183,6 @@ def _adamw_step(
     second_moment.mul_(coefficients.keep_second).addcmul_(scaled, scaled, value=coefficients.new_second)
     denominator = second_moment.sqrt().div_(coefficients.root_correction).add_(coefficients.epsilon)
     parameters.addcdiv_(first_moment, denominator, value=-coefficients.step_size)
-    if shadow is not None:
-        shadow.copy_(parameters)
 
 
 def _counts(factor: float) -> bool:

@@ -176,8 +176,7 @@ class AttentionResult:
 
     def of_heads(self, heads: slice) -> AttentionResult:
         """What attention of these query heads alone, and of the key heads that they share, would have kept; a copy."""
-        by_head = {"reference": 1, "triton": 1, "flash": 0, "cudnn": 1}[self.backend]
-        lse = self.lse[heads] if by_head == 0 else self.lse[:, heads]
+        lse = self.lse[heads] if self.backend == "flash" else self.lse[:, heads]
         return AttentionResult(self.output[:, heads].contiguous(), lse.contiguous(), self.saved, self.backend)
 
 

@@ -114,7 +114,7 @@ def test_a_row_of_2048_tokens_takes_what_the_documentation_says(
         "norms": footprint.norms,
         "one layer of the adapter": footprint.adapter,
         "the largest weight, expanded": footprint.expanded,
-        "cuBLAS": footprint.library,
+        "cuBLAS": footprint.products,
         "kept between the passes": footprint.kept,
         "a layer at work": footprint.at_work,
     }

@@ -33,7 +33,6 @@ def _adamw_kernel(
     gradients,
     first_moment,
     second_moment,
-    shadow,
     factor,
     P,
     keep,
@@ -45,7 +44,6 @@ def _adamw_kernel(
     epsilon,
     B: tl.constexpr,
     FACTOR_ON_DEVICE: tl.constexpr,
-    HAS_SHADOW: tl.constexpr,
 ):
     scale = tl.load(factor) if FACTOR_ON_DEVICE else factor
     # The difference of a number to itself is 0, unless it is NaN or infinite.
@@ -64,8 +62,6 @@ def _adamw_kernel(
         tl.store(parameters + place, theta, mask=mask)
         tl.store(first_moment + place, first, mask=mask)
         tl.store(second_moment + place, second, mask=mask)
-        if HAS_SHADOW:
-            tl.store(shadow + place, theta.to(shadow.dtype.element_ty), mask=mask)
 
 
 def adamw_step(
@@ -75,7 +71,6 @@ def adamw_step(
     second_moment: Tensor,
     coefficients: Coefficients,
     gradient_factor: float | Tensor,
-    shadow: Tensor | None,
 ) -> None:
     """Launches the step; arguments as in `affina.kernels.adamw.adamw_step`."""
     count = parameters.numel()
@@ -86,7 +81,6 @@ def adamw_step(
         gradients,
         first_moment,
         second_moment,
-        shadow if shadow is not None else parameters,
         gradient_factor if isinstance(gradient_factor, Tensor) else float(gradient_factor),
         count,
         coefficients.keep,
@@ -98,7 +92,6 @@ def adamw_step(
         coefficients.epsilon,
         B=STEP_BLOCK,
         FACTOR_ON_DEVICE=isinstance(gradient_factor, Tensor),
-        HAS_SHADOW=shadow is not None,
         num_warps=4,
     )
 
