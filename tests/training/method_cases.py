@@ -137,8 +137,10 @@ class Source:
 class MethodRun:
     """What run.py does with a model, without a config: optimiser, loop, checkpoints."""
 
-    def __init__(self, model: nn.Module, folder: Path, *, learning_rate: float = 2e-2) -> None:
-        self.model, self.folder = model, folder
+    def __init__(
+        self, model: nn.Module, folder: Path, *, learning_rate: float = 2e-2, num_steps: int = NUM_STEPS
+    ) -> None:
+        self.model, self.folder, self.num_steps = model, folder, num_steps
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         parameters = trainable_parameters(model)
         faster, ratio = fast_learning_parameters(model)
@@ -159,7 +161,7 @@ class MethodRun:
             TokenObjective(sft_objective),
             self.optimizer,
             lambda step: self.learning_rate,
-            settings=LoopSettings(num_steps=NUM_STEPS, seed=3),
+            settings=LoopSettings(num_steps=self.num_steps, seed=3),
             state=reached,
             loss_scale=LossScale.for_precision(is_float16=False),
             validate=None,
@@ -167,7 +169,7 @@ class MethodRun:
             observers=Observers([]),
             stop_requested=lambda: reached.step >= until,
             memory_bytes=lambda: 0,
-            method_step=adalora_of(self.model, num_steps=NUM_STEPS),
+            method_step=adalora_of(self.model, num_steps=self.num_steps),
         )
 
     def train_in_memory(self) -> None:

@@ -33,10 +33,11 @@ class AdaLora:
 
     def __init__(self, model: PeftModel, *, num_steps: int) -> None:
         self._tuner = model.base_model
-        config = model.peft_config[ADAPTER_NAME]
+        self._config = config = model.peft_config[ADAPTER_NAME]
         config.total_step = num_steps
         config.tfinal = max(1, round(FINAL_SHARE * num_steps))
-        config.tinit = min(round(INITIAL_SHARE * num_steps), max(0, num_steps - config.tfinal - 1))
+        # Before the last masking, which a run of one step has in step 0: PEFT takes nothing away up to `tinit`.
+        config.tinit = min(round(INITIAL_SHARE * num_steps), num_steps - config.tfinal - 1)
         config.deltaT = max(1, num_steps // MASKINGS_PER_RUN)
         self._weight = float(config.orth_reg_weight)
         self._factors = [
@@ -56,5 +57,19 @@ class AdaLora:
         return self._weight * torch.stack(distances).mean()
 
     def after_update(self, step: int) -> None:
-        """Take ranks away, by the gradients that the parameters still have. step: from 0"""
+        """Take ranks away, by the gradients that the parameters still have. step: from 0
+
+        Steps that are skipped do not come here. The last masking is due at a step of its own; where that was skipped
+        the next one makes it, and where no step before it was measured it measures itself.
+        """
+        allocator = self._tuner.rankallocator
+        if allocator.init_bgt <= allocator.target_bgt:
+            return
+        last_masking = self._config.total_step - self._config.tfinal
+        # PEFT forgets what it has measured after the last masking, and only then.
+        is_masked_for_good = bool(self._config.rank_pattern) and not allocator.exp_avg_ipt
+        if step >= last_masking and not is_masked_for_good:
+            if not allocator.exp_avg_ipt:
+                allocator.update_ipt(self._tuner.model)
+            step = last_masking
         self._tuner.update_and_allocate(step)
