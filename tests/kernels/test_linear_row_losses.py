@@ -94,6 +94,40 @@ def test_a_trained_head_gets_its_gradient_from_token_losses() -> None:
     torch.testing.assert_close(losses.detach(), token_losses(hidden.detach(), weight.detach(), targets))
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_trained_head_gets_its_gradient_from_row_losses(softcap: float | None) -> None:
+    hidden, weight, bias, _ = operands(9, torch.float32)
+    trained = (hidden, weight.requires_grad_(), bias.requires_grad_())
+    losses = linear_row_losses(hidden, weight, entropy, bias=bias, softcap=softcap, logit_scale=0.5, chunk_rows=4)
+    gradients = torch.autograd.grad((losses * torch.linspace(-2, 3, 9)).sum(), trained)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in trained]
+    logits = 0.5 * (exact[0] @ exact[1].t() + exact[2])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = torch.autograd.grad((entropy(logits, slice(None)) * torch.linspace(-2, 3, 9)).sum(), exact)
+    for found, wanted in zip(gradients, expected, strict=True):
+        # float32: 2^-24 per operation over sums of 37 terms
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        frozen = linear_row_losses(hidden, weight, entropy, bias=bias, softcap=softcap, logit_scale=0.5, chunk_rows=4)
+    assert not frozen.requires_grad
+    torch.testing.assert_close(frozen, losses.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_pass_rounds_once_and_keeps_nothing_but_the_gradient(dtype: torch.dtype) -> None:
+    hidden, weight, _, targets = operands(9, dtype)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
+        losses = linear_token_losses(hidden, weight, targets)
+    assert saved == [hidden.shape]
+    (plain,) = torch.autograd.grad(losses.sum(), hidden, retain_graph=True)
+    factors = torch.linspace(-2, 3, 9)
+    (scaled,) = torch.autograd.grad((losses * factors).sum(), hidden)
+    assert torch.equal(scaled, (plain.float() * factors.unsqueeze(1)).to(dtype))
+
+
 @dataclass(frozen=True)
 class Expandable:
     """A head that is expanded a few rows at a time."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from affina.errors import ModelError
+from affina.models import forward
 from affina.models.adapters import attach_adapter
 from affina.models.compat import enable_recomputation
 from affina.models.forward import (
@@ -303,6 +304,41 @@ def test_bfloat16_trains_float32_adapters_without_copies_of_inputs(tmp_path, wei
         # Inputs of adapters are [1, T, features] in float32 when PEFT casts them; norms keep some of [1, T, 64].
         wide = [tensor for tensor in kept if tensor.dtype == torch.float32 and tensor.shape[-1] == 96]
         assert wide == []
+
+
+@pytest.mark.parametrize(
+    ("what", "kernel"),
+    [
+        ("loss", "linear_token_losses"),
+        ("losses", "linear_token_losses"),
+        ("token losses", "linear_token_losses"),
+        ("row losses", "linear_row_losses"),
+        ("logits", "linear_logits"),
+    ],
+)
+def test_the_head_is_never_copied_into_the_type_of_a_norm_that_is_trained(monkeypatch, tmp_path, what, kernel):
+    # LayerNorm tuning on bfloat16: the last norm is float32, and so is what it hands to the head.
+    base = load_causal_lm(str(save(random_model(qwen3_config()), tmp_path)), dtype=torch.bfloat16, device="cpu")
+    model = attach_adapter(base, method="layernorm")
+    batch = batch_of(LENGTHS)
+    assert hidden_states(model, batch).dtype == torch.float32
+    verified_head(model)
+    seen = []
+    original = getattr(forward, kernel)
+
+    def spy(hidden, weight, *arguments, **options):
+        seen.append((hidden.dtype, weight.dtype))
+        return original(hidden, weight, *arguments, **options)
+
+    monkeypatch.setattr(forward, kernel, spy)
+    {
+        "loss": lambda: supervised_loss(model, batch),
+        "losses": lambda: forward.supervised_losses(model, batch),
+        "token losses": lambda: supervised_token_losses(model, batch),
+        "row losses": lambda: forward.supervised_row_losses(model, batch, lambda logits, part: logits.sum(-1)),
+        "logits": lambda: forward.supervised_logits_reader(model, batch)(slice(0, 2)),
+    }[what]()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
 
 
 def test_compute_context_is_for_mixed_types_only():

@@ -35,9 +35,7 @@ def test_a_run_of_any_length_comes_down_to_its_budget_and_loads_again(
     run.train(until=num_steps)
     assert mean_rank(run.model) == BUDGET
     # Saved without the ranks that are masked: the same terms in other sums, some 2^-24 of numbers of the order of one.
-    torch.testing.assert_close(
-        hidden_of(reload(base, tmp_path, "dense")), hidden_of(run.model), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(hidden_of(reload(base, tmp_path, "dense")), hidden_of(run.model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

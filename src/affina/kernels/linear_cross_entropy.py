@@ -15,20 +15,16 @@ Legend: N rows (tokens whose next token is supervised), D model width, V vocabul
     ∂z/∂u    = 1,  or  1 − tanh²(u / c) = 1 − (z / c)²   with a cap
     ∂loss/∂h = s · Wᵀ [ (p − e_y) ∘ ∂z/∂u ]
 
-The sum of the losses is a scalar, so the gradient that arrives in the backward pass is one number g and
-`∂L/∂h = g · ∂loss/∂h`. Everything else is known in the forward pass. Hence the gradient of `hidden` is made there,
-chunk by chunk, from logits that exist anyway; the backward pass is one multiplication. Nothing of size N × V is ever
-stored: the peak is one chunk of C × V float32 plus the N × D gradient.
+A row's loss depends on its own hidden state alone. So whatever number g_n arrives for it in the backward pass,
+`∂L/∂h_n = g_n · ∂loss_n/∂h_n`, and everything else is known in the forward pass. Hence the gradient of `hidden` is made
+there, chunk by chunk, from logits that exist anyway; the backward pass multiplies its rows. That serves the sum of all
+losses, where every g_n is the same, and objectives that compare sums of log-probabilities (`linear_token_losses`).
+Nothing of size N × V is ever stored: the peak is one chunk of C × V float32 plus the N × D gradient.
 
 **Precision.** Products run in the type of `hidden` with float32 accumulation (what matrix units do); logits, softmax
 and the sum over rows are float32. A float16 gradient is made of terms in [−1, 1] times head weights, and only then
 multiplied by a loss scale, so scaling neither overflows nor rescues it: probabilities below 6e-8 are dropped, whose
 sum over 150,000 entries is below 1% of one head weight.
-
-**Losses row by row** (`linear_token_losses`). What arrives in the backward pass is then one number g_n for each row,
-and a row's loss depends on its own hidden state alone, so `∂L/∂h_n = g_n · ∂loss_n/∂h_n`: the same gradient is made in
-the forward pass, and the backward pass scales its rows. That is all that objectives need which compare sums of
-log-probabilities; neither logits nor a second product with the head are kept for them.
 
 **When the head itself is trained** its gradient needs the logits again; then the plain differentiable path is used.
 
@@ -37,22 +33,30 @@ program to a row: it reads the row twice and writes the gradient once, 10 bytes 
 of PyTorch operations (`_cross_entropy_rows`, the reference). Losses are kept per row and added once at the end, so
 neither path depends on the order in which anything ran.
 
-Reference: `_plain_loss`, which is `torch.nn.functional.cross_entropy` on whole logits. The idea of making the gradient
-in the forward pass: Hsu et al., *Liger Kernel*, arXiv:2410.10989, §3.2; of never holding the logits: Wijmans et al.,
-*Cut Your Losses in Large-Vocabulary Language Models*, arXiv:2411.09009. Deviation from both: the head is
+Reference: `torch.nn.functional.cross_entropy` on `differentiable_logits`, the whole ones. The idea of making the
+gradient in the forward pass: Hsu et al., *Liger Kernel*, arXiv:2410.10989, §3.2; of never holding the logits: Wijmans
+et al., *Cut Your Losses in Large-Vocabulary Language Models*, arXiv:2411.09009. Deviation from both: the head is
 frozen, ignored rows are removed before the first product, and the products are the library's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from affina.kernels.dispatch import is_true, use_triton
-from affina.kernels.logits import IGNORED_LABEL, ExpandableRows, finish_logits, matmul_float32
+from affina.kernels.logits import (
+    IGNORED_LABEL,
+    ExpandableRows,
+    HeadOptions,
+    differentiable_logits,
+    finish_logits,
+    is_trained,
+    matmul_float32,
+    with_row_gradient,
+)
 from affina.kernels.tiled_cross_entropy import tiled_cross_entropy
 
 CHUNK_BYTES_CPU = 64 * 1024 * 1024
@@ -65,14 +69,6 @@ card's power limits, 256 and 441 take the same."""
 ROW_MULTIPLE = 128
 """Rows that a GPU's matrix products work on at once: others cost as much and do nothing."""
 MIN_CHUNK_ROWS = 16
-
-
-class HeadOptions(TypedDict):
-    """What lies between W h and the logits; see `linear_cross_entropy`."""
-
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
 
 
 def default_chunk_rows(vocabulary_size: int, device: torch.device) -> int:
@@ -107,18 +103,9 @@ def linear_cross_entropy(
     With N = 0 the result is 0 and its gradient is zeros.
     """
     hidden, targets = _drop_ignored_rows(hidden, targets)
-    if isinstance(weight, Tensor):
-        head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if head_is_trained and torch.is_grad_enabled():
-            return _plain_loss(hidden, weight, targets, bias, softcap, logit_scale)
-        weight = weight.detach()
-    bias = bias.detach() if bias is not None else None
-    if not (hidden.requires_grad and torch.is_grad_enabled()):
-        return token_losses(
-            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
-        ).sum()
-    loss: Tensor = _FrozenHeadLoss.apply(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
-    return loss
+    return linear_token_losses(
+        hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
+    ).sum()
 
 
 def linear_token_losses(
@@ -131,22 +118,19 @@ def linear_token_losses(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """[N] float32 cross-entropy of every row, minus the log-probability of its target, with a gradient for `hidden`.
+    """[N] float32 cross-entropy of every row, minus the log-probability of its target; 0 where the target is -100.
 
-    Arguments as in `linear_cross_entropy`; no target may be -100.
+    Arguments and gradients as in `linear_cross_entropy`.
     """
-    head_is_trained = isinstance(weight, Tensor) and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if head_is_trained and torch.is_grad_enabled():
-        assert isinstance(weight, Tensor)
-        return _plain_losses(hidden, weight, targets, bias, softcap, logit_scale)
+    options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
+    if is_trained(weight, bias):
+        logits = differentiable_logits(hidden, weight, **options)
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none")
     if not (hidden.requires_grad and torch.is_grad_enabled()):
-        return token_losses(
-            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, chunk_rows=chunk_rows
-        )
-    weight = weight.detach() if isinstance(weight, Tensor) else weight
-    bias = bias.detach() if bias is not None else None
-    losses: Tensor = _FrozenHeadTokenLosses.apply(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
-    return losses
+        return token_losses(hidden, weight, targets, chunk_rows=chunk_rows, **options)
+    return with_row_gradient(
+        hidden, *_losses_and_gradient(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)
+    )
 
 
 @torch.no_grad()
@@ -170,7 +154,7 @@ def token_losses(
         tiled_cross_entropy(hidden, weight, targets, losses=losses, chunk_rows=chunk_rows, **options)
         return losses
     weight = weight.to(hidden.dtype)
-    for part in _chunks(hidden, weight, chunk_rows):
+    for part in chunks(hidden, weight, chunk_rows):
         logits = matmul_float32(hidden[part], weight.t())
         cross_entropy_rows(logits, targets[part], losses=losses[part], **options)
     return losses
@@ -202,6 +186,7 @@ def linear_cross_entropy_and_gradient(
     return losses.sum(), gradient
 
 
+@torch.no_grad()
 def _losses_and_gradient(
     hidden: Tensor,
     weight: Tensor | ExpandableRows,
@@ -222,7 +207,7 @@ def _losses_and_gradient(
         tiled_cross_entropy(hidden, weight, targets, losses=losses, gradient=gradient, chunk_rows=chunk_rows, **options)
         return losses, gradient
     weight = weight.to(hidden.dtype)
-    for part in _chunks(hidden, weight, chunk_rows):
+    for part in chunks(hidden, weight, chunk_rows):
         error = _error_of_chunk(hidden[part], weight, targets[part], losses[part], bias, softcap, logit_scale)
         torch.mm(error, weight, out=gradient[part])
     return losses, gradient
@@ -244,7 +229,8 @@ def _error_of_chunk(
     return error
 
 
-def _chunks(hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> Iterator[slice]:
+def chunks(hidden: Tensor, weight: Tensor | ExpandableRows, chunk_rows: int | None) -> Iterator[slice]:
+    """The rows of `hidden` [N, D], as many at a time as `chunk_rows` or, for None, the device's default."""
     num_rows = hidden.shape[0]
     step = chunk_rows if chunk_rows is not None else default_chunk_rows(weight.shape[0], hidden.device)
     for start in range(0, num_rows, step):
@@ -343,90 +329,3 @@ def _drop_ignored_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
         keep = targets != IGNORED_LABEL
         return hidden[keep], targets[keep]
     return hidden, targets
-
-
-def _plain_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> Tensor:
-    """The specification: whole logits, every gradient by autograd."""
-    return _plain_losses(hidden, weight, targets, bias, softcap, logit_scale).sum()
-
-
-def _plain_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
-    if bias is not None:
-        logits = logits + bias.float()
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none")
-
-
-class _FrozenHeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | ExpandableRows,
-        targets: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        chunk_rows: int | None,
-    ) -> Tensor:
-        loss, gradient = linear_cross_entropy_and_gradient(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            chunk_rows=chunk_rows,
-        )
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        scaled = gradient * grad_outputs[0].to(gradient.dtype) if gradient.dtype == torch.float32 else None
-        if scaled is None:
-            # The factor (loss scale over token count) may lie outside float16's range although the product does not.
-            scaled = (gradient.float() * grad_outputs[0]).to(gradient.dtype)
-        return scaled, None, None, None, None, None, None
-
-
-class _FrozenHeadTokenLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | ExpandableRows,
-        targets: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        chunk_rows: int | None,
-    ) -> Tensor:
-        losses, gradient = _losses_and_gradient(hidden, weight, targets, bias, softcap, logit_scale, chunk_rows)
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # In float32: a factor may lie outside float16's range although the product does not.
-        scaled = (gradient.float() * grad_outputs[0].unsqueeze(1)).to(gradient.dtype)
-        return scaled, None, None, None, None, None, None

@@ -17,13 +17,23 @@ between whole distributions, where f reads another model's logits of the same ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from affina.kernels.linear_cross_entropy import default_chunk_rows
-from affina.kernels.logits import ExpandableRows, head_product, tile_rows, vocabulary_tiles
+from affina.kernels.linear_cross_entropy import chunks
+from affina.kernels.logits import (
+    ExpandableRows,
+    HeadOptions,
+    differentiable_logits,
+    finish_logits,
+    finished_logits,
+    head_product,
+    is_trained,
+    tile_rows,
+    vocabulary_tiles,
+    with_row_gradient,
+)
 
 RowLosses = Callable[[Tensor, slice], Tensor]
 """([C, V] float32 logits, which rows they are) → [C] float32 losses; differentiable in the logits."""
@@ -39,14 +49,32 @@ def linear_row_losses(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """[N] float32 losses with a gradient for `hidden`.
+    """[N] float32 losses with a gradient for `hidden`, and for the head where it is trained.
 
-    hidden: [N, D] bf16, fp16 or fp32     weight: [V, D], frozen     bias: [V] or None
+    hidden: [N, D] bf16, fp16 or fp32     weight: [V, D]     bias: [V] or None
     softcap, logit_scale: z = c · tanh(u / c) of u = s · (W h + b)
+
+    A trained head needs the logits again in the backward pass: then they are made whole, and kept.
     """
-    assert not (isinstance(weight, Tensor) and weight.requires_grad), "for a trained head the logits are needed again"
-    losses: Tensor = _RowLosses.apply(hidden, weight, row_losses, bias, softcap, logit_scale, chunk_rows)  # type: ignore[no-untyped-call]
-    return losses
+    options = HeadOptions(bias=bias, softcap=softcap, logit_scale=logit_scale)
+    if is_trained(weight, bias):
+        return row_losses(differentiable_logits(hidden, weight, **options), slice(0, hidden.shape[0]))
+    wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    gradient = torch.empty_like(hidden) if wants_gradient else None
+    with torch.no_grad():
+        for part in chunks(hidden, weight, chunk_rows):
+            products = head_product(hidden[part], weight, dtype=torch.float32)
+            if gradient is None:
+                losses[part] = row_losses(finished_logits(products, **options), part)
+                continue
+            with torch.enable_grad():
+                products.requires_grad_()
+                found = row_losses(finished_logits(products, **options), part)
+                (error,) = torch.autograd.grad(found.sum(), products)
+            losses[part] = found.detach()
+            _times_head(error, weight, gradient[part])
+    return losses if gradient is None else with_row_gradient(hidden, losses, gradient)
 
 
 def linear_logits(
@@ -58,14 +86,7 @@ def linear_logits(
     logit_scale: float = 1.0,
 ) -> Tensor:
     """[C, V] float32 logits of a few rows; no gradient."""
-    return _finish(head_product(hidden, weight, dtype=torch.float32), bias, softcap, logit_scale)
-
-
-def _finish(products: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    """Bias, scale and cap; differentiable."""
-    logits = products if bias is None else products + bias.float()
-    logits = logits if logit_scale == 1.0 else logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return finish_logits(head_product(hidden, weight, dtype=torch.float32), bias, softcap, logit_scale)
 
 
 def _times_head(error: Tensor, weight: Tensor | ExpandableRows, out: Tensor) -> None:
@@ -79,42 +100,3 @@ def _times_head(error: Tensor, weight: Tensor | ExpandableRows, out: Tensor) -> 
     for tile in vocabulary_tiles(weight, buffer):
         total += torch.mm(error[:, tile.start : tile.stop], tile.weight)
     out.copy_(total)
-
-
-class _RowLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | ExpandableRows,
-        row_losses: RowLosses,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        chunk_rows: int | None,
-    ) -> Tensor:
-        step = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device)
-        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], step):
-            part = slice(start, min(start + step, hidden.shape[0]))
-            products = head_product(hidden[part], weight, dtype=torch.float32)
-            if gradient is None:
-                losses[part] = row_losses(_finish(products, bias, softcap, logit_scale), part)
-                continue
-            with torch.enable_grad():
-                products.requires_grad_()
-                found = row_losses(_finish(products, bias, softcap, logit_scale), part)
-                (error,) = torch.autograd.grad(found.sum(), products)
-            losses[part] = found.detach()
-            _times_head(error, weight, gradient[part])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # In float32: a factor may lie outside float16's range although the product does not.
-        scaled = (gradient.float() * grad_outputs[0].unsqueeze(1)).to(gradient.dtype)
-        return scaled, None, None, None, None, None, None

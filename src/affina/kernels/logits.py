@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class ExpandableRows(Protocol):
     def rows_into(self, start: int, out: Tensor) -> Tensor:
         """Rows `start`, `start` + 1, … written into `out` [v, D], in its type; returns `out`."""
         ...
+
+
+class HeadOptions(TypedDict):
+    """What lies between W h and the logits z = c · tanh(u / c), u = s · (W h + b): `bias` [V] or None, c or None, s."""
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +109,58 @@ def finish_logits(logits: Tensor, bias: Tensor | None, softcap: float | None, lo
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+# With gradients
+# ---------------------------------------------------------------------------------------------------------
+
+
+def is_trained(weight: Tensor | ExpandableRows, bias: Tensor | None) -> bool:
+    """Whether the head itself wants a gradient now: then its logits are needed again in the backward pass."""
+    tensors = (weight if isinstance(weight, Tensor) else None, bias)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def differentiable_logits(
+    hidden: Tensor,
+    weight: Tensor | ExpandableRows,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """[N, V] float32 logits, whole and under autograd: for a head that is trained, and the specification of others."""
+    assert isinstance(weight, Tensor), "quantised weights are not trained"
+    products = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
+    return finished_logits(products, bias, softcap, logit_scale)
+
+
+def finished_logits(products: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """`finish_logits` in new memory, and differentiable."""
+    logits = products if bias is None else products + bias.float()
+    logits = logits if logit_scale == 1.0 else logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def with_row_gradient(hidden: Tensor, losses: Tensor, gradient: Tensor) -> Tensor:
+    """`losses` [N] with the known `gradient` [N, D] of each by its own row of `hidden` [N, D].
+
+    Loss n depends on row n alone, so that ∂L/∂h_n = g_n · ∂loss_n/∂h_n for whatever g_n arrives in the backward pass.
+    """
+    result: Tensor = _WithRowGradient.apply(hidden, losses, gradient)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithRowGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # The product is made in float32 and rounded once: a factor (loss scale over token count) may lie outside
+        # float16's range although the product does not.
+        scaled = torch.mul(gradient, grad_outputs[0].unsqueeze(1), out=torch.empty_like(gradient))
+        return scaled, None, None

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.errors import ModelError
-from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses, token_losses
+from affina.kernels.linear_cross_entropy import linear_token_losses
 from affina.kernels.linear_row_losses import RowLosses, linear_logits, linear_row_losses
-from affina.kernels.logits import finish_logits, head_product
+from affina.kernels.logits import ExpandableRows
 from affina.kernels.packed_attention import Documents
 from affina.models.adapters.trained_weights import trained_weights_of
 from affina.models.attention import PACKED_ATTENTION, use_packed_attention, without_masks
@@ -74,8 +74,8 @@ class ScoredBatch(Batch, Protocol):
 class Isolation:
     """How documents of one row are kept apart in a model, and why.
 
-    layout:         "packed", or "rows" for models whose documents would see each other
-    reason:         one sentence for the user
+    layout:     "packed", or "rows" for models whose documents would see each other
+    reason:     one sentence for the user
     difference: of hidden states between documents in one row and apart, RMS in units of their spread
     """
 
@@ -93,9 +93,7 @@ def supervised_loss(model: nn.Module, batch: Batch, *, layout: Layout | None = N
     engine = engine_of(model) if layout is None else None
     if engine is not None and engine.is_active:
         return engine.supervised_loss(batch), batch.num_supervised
-    selected = _selected_hidden(model, batch, layout)
-    loss = _loss_of_hidden(model, selected.hidden, selected.targets)
-    return loss, batch.num_supervised
+    return supervised_losses(model, batch, layout=layout).sum(), batch.num_supervised
 
 
 def document_log_probabilities(model: nn.Module, batch: ScoredBatch, *, layout: Layout | None = None) -> Tensor:
@@ -112,20 +110,7 @@ def document_log_probabilities(model: nn.Module, batch: ScoredBatch, *, layout: 
 
 def supervised_losses(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
     """[N] float32: cross-entropy of each supervised token, in the order of the row, with gradients."""
-    selected = _selected_hidden(model, batch, layout)
-    head = verified_head(model)
-    if head is None:
-        with compute_context(model):
-            logits = _logits_by_module(base_model_of(model), selected.hidden)
-        return nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
-    return linear_token_losses(
-        selected.hidden,
-        head.weight,
-        selected.targets,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.scale,
-    )
+    return _losses_of(model, _selected_hidden(model, batch, layout))
 
 
 def supervised_row_losses(
@@ -138,17 +123,10 @@ def supervised_row_losses(
     selected = _selected_hidden(model, batch, layout)
     head = verified_head(model)
     if head is None:
-        with compute_context(model):
-            logits = _logits_by_module(base_model_of(model), selected.hidden)
-        return row_losses(logits.float(), slice(0, logits.shape[0]))
-    return linear_row_losses(
-        selected.hidden,
-        head.weight,
-        row_losses,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.scale,
-    )
+        logits = _logits_by_module(model, selected.hidden)
+        return row_losses(logits, slice(0, logits.shape[0]))
+    hidden, weight = _at_head(model, selected.hidden, head)
+    return linear_row_losses(hidden, weight, row_losses, **head.options)
 
 
 @torch.no_grad()
@@ -161,10 +139,10 @@ def supervised_logits_reader(
 
     @torch.no_grad()
     def read(part: slice) -> Tensor:
-        hidden = selected.hidden[part]
         if head is None:
-            return _logits_by_module(base_model_of(model), hidden).float()
-        return linear_logits(hidden, head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.scale)
+            return _logits_by_module(model, selected.hidden[part])
+        hidden, weight = _at_head(model, selected.hidden[part], head)
+        return linear_logits(hidden, weight, **head.options)
 
     return read
 
@@ -179,20 +157,7 @@ def last_hidden_states(model: nn.Module, batch: Batch, *, layout: Layout | None 
 def supervised_token_losses(model: nn.Module, batch: Batch, *, layout: Layout | None = None) -> Tensor:
     """[T] float32: cross-entropy of each supervised token at its own position, 0 elsewhere; no gradient."""
     selected = _selected_hidden(model, batch, layout)
-    head = verified_head(model)
-    with compute_context(model):
-        if head is None:
-            logits = _logits_by_module(base_model_of(model), selected.hidden)
-            losses = nn.functional.cross_entropy(logits.float(), selected.targets, reduction="none")
-        else:
-            losses = token_losses(
-                _like_head(selected.hidden, head),
-                head.weight,
-                selected.targets,
-                bias=head.bias,
-                softcap=head.softcap,
-                logit_scale=head.scale,
-            )
+    losses = _losses_of(model, selected)
     result = torch.zeros(batch.labels.shape[0], dtype=torch.float32, device=losses.device)
     result[selected.positions + 1] = losses
     return result
@@ -384,27 +349,30 @@ def predicting_positions(batch: Batch) -> Tensor:
     return torch.nonzero_static(supervised, size=batch.num_supervised).squeeze(1)
 
 
-def _loss_of_hidden(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _losses_of(model: nn.Module, selected: _Selected) -> Tensor:
+    """[N] float32"""
     head = verified_head(model)
     if head is None:
-        with compute_context(model):
-            logits = _logits_by_module(base_model_of(model), hidden)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return linear_cross_entropy(
-        _like_head(hidden, head), head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
-    )
+        logits = _logits_by_module(model, selected.hidden)
+        return nn.functional.cross_entropy(logits, selected.targets, reduction="none")
+    hidden, weight = _at_head(model, selected.hidden, head)
+    return linear_token_losses(hidden, weight, selected.targets, **head.options)
 
 
-def _like_head(hidden: Tensor, head: Head) -> Tensor:
-    """A norm or a layer that is trained in float32 hands its type on to the head of a 16-bit model."""
-    return hidden.to(head.weight.dtype) if isinstance(head.weight, Tensor) else hidden
+def _at_head(model: nn.Module, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | ExpandableRows]:
+    """What the kernels multiply: a norm that is trained in float32 hands its type on, and the head of a 16-bit model
+    would be copied into it whole."""
+    dtype = head.weight.dtype if isinstance(head.weight, Tensor) else compute_dtype_of(model)
+    return hidden.to(dtype), head.weight
 
 
-def _logits_by_module(base: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[N, V] by the head module itself, for heads that `head_of` cannot describe (quantised, adapted)."""
+def _logits_by_module(model: nn.Module, hidden: Tensor) -> Tensor:
+    """[N, V] float32 by the head module itself, for heads that `head_of` cannot describe (quantised, adapted)."""
+    base = base_model_of(model)
     layer = base.get_output_embeddings()
     assert layer is not None
-    logits: Tensor = layer(hidden)
+    with compute_context(model):
+        logits: Tensor = layer(hidden)
     config = text_config(base)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
@@ -412,7 +380,7 @@ def _logits_by_module(base: PreTrainedModel, hidden: Tensor) -> Tensor:
         logits = logits * factor
     if (softcap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits
+    return logits.float()
 
 
 # What was found out about a model, once
@@ -445,10 +413,9 @@ def _verify_head(model: nn.Module, base: PreTrainedModel, head: Head | None) -> 
         # Without virtual tokens: the question is what the head does.
         hidden = _rows_hidden(base, base, _to_rows(batch, range(1)))[0]
         if head is None:
-            found = _logits_by_module(base, hidden).float()
+            found = _logits_by_module(model, hidden)
         else:
-            found = head_product(hidden.detach(), head.weight, dtype=torch.float32)
-            found = finish_logits(found, head.bias, head.softcap, head.scale)
+            found = linear_logits(*_at_head(model, hidden, head), **head.options)
     difference = _relative_difference(found, expected)
     # Rounding alone: 1e-6 in float32, 2^-8 per operation in bfloat16, on numbers of the logits' spread.
     tolerance = 1e-3 if compute_dtype_of(model) == torch.float32 else 0.05

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from affina.kernels.logits import ExpandableRows
+from affina.kernels.logits import ExpandableRows, HeadOptions
 from affina.models.weights import Int8Head
 
 
@@ -46,6 +46,11 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+    @property
+    def options(self) -> HeadOptions:
+        """All but the weight, as the kernels take it."""
+        return HeadOptions(bias=self.bias, softcap=self.softcap, logit_scale=self.scale)
 
 
 def head_of(model: PreTrainedModel) -> Head | None:

@@ -118,14 +118,7 @@ class Decoder:
     def loss(self, last: Pending, positions: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies, without anything for a backward pass."""
         hidden, _ = rms_norm(last.rows(positions), self.final_norm, self.spec.norm_epsilon)
-        return linear_cross_entropy(
-            hidden,
-            self.head.weight,
-            targets,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.scale,
-        )
+        return linear_cross_entropy(hidden, self.head.weight, targets, **self.head.options)
 
     def loss_and_gradient(
         self, rows: Tensor, positions: Tensor, targets: Tensor, *, num_tokens: int
@@ -136,13 +129,7 @@ class Decoder:
         """
         hidden, rstd = rms_norm(rows, self.final_norm, self.spec.norm_epsilon)
         loss, gradient = linear_cross_entropy_and_gradient(
-            hidden,
-            self.head.weight,
-            targets,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.scale,
-            gradient_out=hidden,
+            hidden, self.head.weight, targets, gradient_out=hidden, **self.head.options
         )
         return loss, HeadTape(num_tokens, positions, rows, rstd, gradient)
 
