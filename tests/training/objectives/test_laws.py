@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
-from affina.errors import ModelError, TrainingError
+from affina.errors import ModelError
 from affina.models.adapters import attach_adapter
 from affina.models.forward import document_log_probabilities
 from affina.models.load import load_causal_lm
@@ -26,18 +27,18 @@ from affina.training.objectives.documents import question_and_reply
 from affina.training.objectives.kto import KtoObjective, estimate_reference_point, mismatched_rows
 from affina.training.objectives.preference import PairObjective
 from affina.training.objectives.reward import RewardObjective
-from affina.training.objectives.scores import pair_scores, reference_log_probabilities
+from affina.training.objectives.scores import ReferenceScores, pair_scores, reference_log_probabilities
 from affina.training.objectives.sft import TokenObjective, sft_objective
 from tests.training.objectives.samples import make_labelled, make_pairs, make_taught
 
 
+def load_base(folder: Path, weight_format: str = "dense", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    options = Nf4Options() if weight_format == "nf4" else None
+    return load_causal_lm(str(folder), dtype=dtype, device=torch.device("cpu"), weight_format=options)
+
+
 def load(folder: Path, weight_format: str = "dense", *, is_moved: bool = True) -> PeftModel:
-    base = load_causal_lm(
-        str(folder),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        weight_format=Nf4Options() if weight_format == "nf4" else None,
-    )
+    base = load_base(folder, weight_format)
     add_reward_head(base, seed=1)
     adapted = attach_adapter(base, rank=4, alpha=8, trained_modules=(SCORE_NAME,))
     if is_moved:
@@ -92,6 +93,32 @@ OBJECTIVES: dict[str, tuple[Callable[[torch.nn.Module], Objective], Callable[[],
     "distill": (lambda teacher: DistillObjective(teacher, divergence=0.3, temperature=2.0), make_labelled),
     "distill from files": (lambda teacher: DistillObjective(), make_taught),
 }
+
+
+@pytest.fixture(scope="module")
+def fully_trained(tiny_model_folder: Path) -> PreTrainedModel:
+    """Every weight trains, the head too, and the embedding that it shares."""
+    model = attach_adapter(load_base(tiny_model_folder), method="full")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "reward"])
+def test_a_step_that_trains_every_weight_may_be_cut_as_well(
+    name: str, fully_trained: PreTrainedModel, teacher: torch.nn.Module
+) -> None:
+    objective, samples = OBJECTIVES[name][0](teacher), OBJECTIVES[name][1]()
+    loss, gradient, metrics = step_of(fully_trained, objective, batches_of([[sample] for sample in samples]))
+    assert fully_trained.lm_head.weight.grad is not None
+    assert float(fully_trained.lm_head.weight.grad.norm()) > 0
+    other_loss, other_gradient, other_metrics = step_of(fully_trained, objective, batches_of([samples]))
+    # as below
+    assert other_loss == pytest.approx(loss, rel=2e-6)
+    assert float((other_gradient - gradient).norm() / gradient.norm()) < 5e-6
+    assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -165,15 +192,38 @@ def test_the_gradient_of_dpo_is_autograds_of_the_plain_definition(model: PeftMod
     assert float((gradient - plain).norm() / plain.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("weight_format", ["dense", "nf4"])
-def test_dpo_starts_at_log_2_with_no_margin(weight_format: str, tiny_model_folder: Path) -> None:
-    fresh = load(tiny_model_folder, weight_format, is_moved=False)
+@pytest.mark.parametrize(
+    ("method", "weight_format", "dtype"),
+    [
+        ("lora", "dense", torch.float32),
+        ("lora", "dense", torch.bfloat16),
+        ("lora", "nf4", torch.float32),
+        ("lora", "nf4", torch.bfloat16),
+        ("full", "dense", torch.float32),
+        ("full", "dense", torch.bfloat16),
+        ("freeze", "dense", torch.bfloat16),
+        ("layernorm", "dense", torch.float32),
+        ("layernorm", "dense", torch.bfloat16),
+        ("layernorm", "nf4", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dpo_starts_at_log_2_with_no_margin(
+    method: str, weight_format: str, dtype: torch.dtype, tiny_model_folder: Path
+) -> None:
+    base = load_base(tiny_model_folder, weight_format, dtype)
+    fresh = attach_adapter(base, method=method, options={"num_layers": 1} if method == "freeze" else None)
     fresh.train()
     for kind in ("dpo", "ipo"):
         loss, gradient, metrics = step_of(fresh, PairObjective(kind, beta=0.1), batches_of([make_pairs()]))
-        assert loss == pytest.approx(math.log(2) if kind == "dpo" else 25.0, abs=1e-6)
-        assert metrics["reward_margin"] == 0
-        assert (metrics["reward_chosen"], metrics["reward_rejected"]) == (0, 0)
+        # The policy's losses are autograd's where the head is trained, the reference's the kernel's: sums of some
+        # hundreds in float32 (2^-24 · 200 = 1e-5), times β = 0.1. Everything else is the same operations.
+        rounding = 1e-6 if method == "full" else 0
+        # 25 is the square of the target, 1 / (2 β) = 5: its slope is 10, and 1 / β more than a reward's.
+        expected = math.log(2) if kind == "dpo" else 25.0
+        assert loss == pytest.approx(expected, abs=1e-6 if kind == "dpo" else 1e-6 + 100 * rounding)
+        for name in ("reward_margin", "reward_chosen", "reward_rejected"):
+            assert metrics[name] == pytest.approx(0, abs=rounding)
         assert float(gradient.norm()) > 0
 
 
@@ -227,11 +277,14 @@ def test_the_reference_of_a_row_is_computed_once(model: PeftModel, monkeypatch: 
     assert len(rows) == 4, "other tokens are compared"
 
 
-def test_a_model_without_adapter_has_no_reference(tiny_model_folder: Path) -> None:
-    base = load_causal_lm(str(tiny_model_folder), dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(TrainingError, match="reference-missing") as caught:
-        reference_log_probabilities(base, collate(make_pairs(), num_tokens=None, pad_token_id=0))
-    assert "orpo or simpo" in str(caught.value.fix)
+def test_only_the_first_rows_are_remembered(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceScores, "MAX_ROWS", 2)
+    scores = ReferenceScores()
+    batches = batches_of([[pair] for pair in make_pairs()])
+    for _ in range(2):
+        for batch in batches:
+            assert torch.equal(scores(model, batch), reference_log_probabilities(model, batch))
+    assert len(scores._known) == 2
 
 
 # KTO's reference point

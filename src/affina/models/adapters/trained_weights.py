@@ -1,17 +1,20 @@
 """Methods without an adapter: weights of the model itself are trained, all of them or those of the last layers.
 
 Trained weights are float32, whatever the type of the computation, as adapters are. The base's own values are kept in
-main memory: switched off, the model is its base again, bit for bit.
+main memory. Switched off, the model is its base again, bit for bit. That is not what a model which has learnt nothing
+answers: its float32 weights round less than the base's in 16 bits. What is compared with the model step by step is
+therefore the base's values in the types of the trained ones (`as_trained`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,18 +66,45 @@ def trained_weights_of(model: nn.Module) -> TrainedWeights | None:
 
 
 @contextmanager
-def original_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, the trained parameters have the base's values."""
+def original_weights(model: nn.Module, *, as_trained: bool = False) -> Iterator[None]:
+    """Inside, the trained parameters have the base's values, in the base's type or, `as_trained`, in their own."""
     base, trained = base_model_of(model), trained_weights_of(model)
     assert trained is not None
-    tuned = {name: base.get_parameter(name).data for name in trained.names}
-    for name, value in trained.original.items():
-        base.get_parameter(name).data = value.to(tuned[name].device)
+    parameters = {name: base.get_parameter(name) for name in trained.names}
+    values = (
+        (parameter, trained.original[name].to(parameter.device, parameter.dtype if as_trained else None))
+        for name, parameter in parameters.items()
+    )
+    with _values(values):
+        yield
+
+
+@contextmanager
+def original_norms_as_trained(model: nn.Module) -> Iterator[None]:
+    """Inside, the norms beside which PEFT trains others have those ones' type; nothing where LayerNorms are not
+    tuned."""
+    layers = [module for module in model.modules() if isinstance(module, LNTuningLayer)]
+    pairs = (
+        pair
+        for layer in layers
+        for pair in zip(layer.base_layer.parameters(), layer.ln_tuning_layers.parameters(), strict=True)
+    )
+    with _values((original, original.data.to(tuned.dtype)) for original, tuned in pairs):
+        yield
+
+
+@contextmanager
+def _values(values: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Inside, parameters have other values; they stay the same objects."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
     try:
+        for parameter, value in values:
+            before.append((parameter, parameter.data))
+            parameter.data = value
         yield
     finally:
-        for name, value in tuned.items():
-            base.get_parameter(name).data = value
+        for parameter, value in before:
+            parameter.data = value
 
 
 def _last_layers(model: PreTrainedModel, count: int) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from affina.data.collate import Batch
-from affina.errors import TrainingError
 from affina.models.adapters import adapter_disabled, has_adapter
 from affina.models.forward import document_log_probabilities, evaluation_mode
 
@@ -42,11 +43,16 @@ class ReferenceScores:
 
     The base is frozen, so a row that comes again has the same numbers: packed rows do in every epoch, validation rows
     in every validation. Whole rows are remembered, because the same documents in another row round differently:
-    a resumed run, which remembers nothing, shall have the same bits. A row costs a few dozen bytes.
+    a resumed run, which remembers nothing, shall have the same bits.
+
+    Rows of a stream never come again, and without packing every epoch makes new ones; nobody knows here. So only the
+    first rows are remembered, in main memory, where each costs about a quarter of a kilobyte and 4 bytes a document.
     """
 
+    MAX_ROWS = 100_000
+
     def __init__(self) -> None:
-        self._known: dict[bytes, Tensor] = {}
+        self._known: dict[bytes, NDArray[np.float32]] = {}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """[S] float32, as `reference_log_probabilities`."""
@@ -54,9 +60,13 @@ class ReferenceScores:
         for tensor in (batch.input_ids, batch.labels):
             digest.update(tensor.cpu().numpy().tobytes())
         key = digest.digest()
-        if key not in self._known:
-            self._known[key] = reference_log_probabilities(model, batch)
-        return self._known[key]
+        if (known := self._known.get(key)) is not None:
+            return torch.from_numpy(known).to(batch.input_ids.device)
+        found = reference_log_probabilities(model, batch)
+        if len(self._known) < self.MAX_ROWS:
+            # A copy: an array that shares a tensor's memory keeps the tensor, four times the bytes.
+            self._known[key] = found.cpu().numpy().copy()
+        return found
 
     def pairs(self, model: nn.Module, batch: Batch) -> PairScores:
         """The reference's scores of the pairs in a row."""
@@ -66,14 +76,9 @@ class ReferenceScores:
 @torch.no_grad()
 def reference_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """[S] float32 log-probabilities of the documents under the base model."""
-    if not has_adapter(model):
-        raise TrainingError(
-            "reference-missing",
-            "this objective compares with the model as it was, and nothing of it is left",
-            why="the reference is the base with its adapter switched off; here the weights themselves train",
-            fix="train an adapter, or write training.objective: orpo or simpo, which need no reference",
-        )
-    with evaluation_mode(model), adapter_disabled(model):
+    assert has_adapter(model), "the reference is the base with its adapter off, and there is none to switch off"
+    # In the types of the policy: what it has not learnt yet shall be a margin of exactly 0.
+    with evaluation_mode(model), adapter_disabled(model, as_trained=True):
         return document_log_probabilities(model, batch)
 
 
