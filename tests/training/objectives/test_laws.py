@@ -297,9 +297,22 @@ def test_every_question_of_a_step_goes_with_the_next_reply() -> None:
     mixed = [sample for row in mismatched_rows(batches) for sample in row]
     for number, sample in enumerate(mixed):
         question, reply = taken[number][0], taken[(number + 1) % len(taken)][1]
-        assert np.array_equal(sample.input_ids, np.concatenate([question, reply]))
-        assert sample.num_supervised == len(reply)
+        assert np.array_equal(sample.input_ids, np.concatenate([question, reply.token_ids]))
     assert sum(map(len, mixed)) == sum(map(len, samples)), "each token of the step is used once"
+
+
+def test_the_reference_point_scores_the_tokens_that_the_rewards_score() -> None:
+    # After the first reply a question and a second reply, and what templates write after a turn.
+    generator = np.random.default_rng(0)
+    two_turns = generator.integers(10, 8000, 20).astype(np.int32)
+    is_trained = np.isin(np.arange(20), [*range(4, 8), *range(14, 19)])
+    samples = [*make_labelled(), Sample(two_turns, np.where(is_trained, two_turns, -100), desirable=True)]
+    batches = batches_of([samples[:2], samples[2:]])
+    mixed = [sample for row in mismatched_rows(batches) for sample in row]
+    for sample, own in zip(mixed, samples[1:] + samples[:1], strict=True):
+        assert sample.num_supervised == own.num_supervised
+        assert np.array_equal(sample.labels[sample.labels != -100], own.labels[own.labels != -100])
+    assert mixed[-2].num_supervised == 9
 
 
 def test_a_step_of_one_reply_has_the_reference_point_zero(model: PeftModel) -> None:
@@ -354,9 +367,9 @@ def test_own_replies_follow_from_seed_and_step(model: PeftModel) -> None:
     assert not torch.equal(first.input_ids, other.input_ids)
     for (question, reply), (given, _) in zip(question_and_reply(first), question_and_reply(batches[0]), strict=True):
         assert np.array_equal(question, given)
-        assert 1 <= len(reply) <= 6
-        assert len(reply) == 6 or reply[-1] == 2, "a reply that ended by itself is closed"
-    assert first.num_supervised == sum(len(reply) for _, reply in question_and_reply(first))
+        assert 1 <= len(reply.token_ids) <= 6
+        assert len(reply.token_ids) == 6 or reply.token_ids[-1] == 2, "a reply that ended by itself is closed"
+        assert np.array_equal(reply.labels, reply.token_ids), "all of it is trained"
 
 
 def test_the_share_of_own_replies_is_that_of_the_steps() -> None:

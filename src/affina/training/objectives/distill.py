@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from affina.data.collate import Batch, collate
-from affina.data.samples import IGNORED_LABEL, Sample
 from affina.models.forward import evaluation_mode, supervised_logits_reader, supervised_row_losses
 from affina.models.generate import generate
 from affina.training.objectives import LossSum, PreparedStep
-from affina.training.objectives.documents import question_and_reply
+from affina.training.objectives.documents import Reply, question_and_reply
 from affina.training.objectives.preference import log_one_minus_exp
 
 
@@ -135,10 +134,10 @@ def own_replies(model: nn.Module, batches: Sequence[Batch], settings: OnPolicy, 
     """The same questions, each with a reply that the model writes now; the whole reply is supervised."""
     written = []
     for number, batch in enumerate(batches):
-        questions = [question.tolist() for question, _ in question_and_reply(batch)]
+        questions = [question for question, _ in question_and_reply(batch)]
         replies = generate(
             model,
-            questions,
+            [question.tolist() for question in questions],
             max_new_tokens=settings.max_new_tokens,
             stop_ids=settings.stop_ids,
             temperature=1.0,
@@ -149,8 +148,7 @@ def own_replies(model: nn.Module, batches: Sequence[Batch], settings: OnPolicy, 
         for question, reply in zip(questions, replies, strict=True):
             # A reply that ended by itself is closed as in the data; one that was cut off is not.
             closed = [*reply, settings.stop_ids[0]] if len(reply) < settings.max_new_tokens else reply
-            ids = np.array([*question, *closed], dtype=np.int32)
-            labels = np.array([*[IGNORED_LABEL] * len(question), *closed], dtype=np.int32)
-            samples.append(Sample(ids, labels))
+            own = np.array(closed, dtype=np.int32)
+            samples.append(Reply(own, labels=own).to(question))
         written.append(collate(samples, num_tokens=None, pad_token_id=0).to(batch.input_ids.device))
     return written

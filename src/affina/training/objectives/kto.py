@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from affina.data.collate import Batch, collate
-from affina.data.samples import IGNORED_LABEL, Sample
+from affina.data.samples import Sample
 from affina.models.forward import document_log_probabilities, evaluation_mode
 from affina.training.objectives import LossSum, PreparedStep
 from affina.training.objectives.documents import question_and_reply
@@ -118,11 +117,10 @@ def mismatched_rows(batches: Sequence[Batch]) -> list[list[Sample]]:
     rows: list[list[Sample]] = [[]]
     used = 0
     for (question, _), (_, reply) in zip(samples, samples[1:] + samples[:1], strict=True):
-        ids = np.concatenate([question, reply])
-        labels = np.concatenate([np.full(len(question), IGNORED_LABEL, dtype=np.int32), reply])
-        if rows[-1] and used + len(ids) > room:
+        sample = reply.to(question)
+        if rows[-1] and used + len(sample) > room:
             rows.append([])
             used = 0
-        rows[-1].append(Sample(ids, labels))
-        used += len(ids)
+        rows[-1].append(sample)
+        used += len(sample)
     return rows
