@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from affina.config import Note, ResolvedConfig, load_config, load_mapping, load_stored_config
 from affina.config.derive import with_value
+from affina.config.objectives import OBJECTIVES
 from affina.config.places import place_error
 from affina.config.resolved import differences, has_influence, leaves
 from affina.errors import AffinaError, ConfigError, DataError, ModelError, RunError
@@ -686,7 +687,7 @@ def _finished_run(run: RunLike) -> RunDirectory:
 
 def _require_writer(run: RunDirectory, settings: RunConfig, what: str) -> None:
     """Refuse a reward run where replies are wanted."""
-    if settings.training.objective != "reward":
+    if OBJECTIVES[settings.training.objective].can_write:
         return
     raise RunError(
         "reward-run",

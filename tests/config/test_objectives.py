@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from affina.config import load_config, load_mapping
+from affina.config import ResolvedConfig, load_config, load_mapping
 from affina.config.objectives import OBJECTIVES, SFT_LEARNING_RATE, names_with
 from affina.config.schema import TrainingConfig
 from affina.errors import AffinaErrors
@@ -29,12 +29,45 @@ def test_every_objective_of_the_schema_is_described() -> None:
 def test_beta_and_learning_rate_are_derived_with_their_source(objective: str) -> None:
     resolved = load_mapping(training(objective))
     facts = OBJECTIVES[objective]
-    assert resolved.config.training.preference.beta == facts.beta
-    assert resolved.config.training.learning_rate == facts.learning_rate
-    for path in ("training.preference.beta", "training.learning_rate"):
-        origin = resolved.origins[path]
-        assert origin.kind == "derived"
-        assert "arXiv" in str(origin.reason)
+    values = (resolved.config.training.preference.beta, resolved.config.training.learning_rate)
+    paths = ("training.preference.beta", "training.learning_rate")
+    for path, value, default in zip(paths, values, (facts.beta, facts.learning_rate), strict=True):
+        assert default is not None
+        assert value == default.value
+        assert resolved.origins[path].kind == "derived"
+        assert str(resolved.origins[path].reason).endswith(default.source)
+
+
+def reason_of_rate(resolved: ResolvedConfig) -> str:
+    return str(resolved.origins["training.learning_rate"].reason)
+
+
+def test_the_rate_of_a_method_and_an_objective_has_both_reasons_and_the_presets_own_rate() -> None:
+    both = {**training("dpo"), "adapter": "full", "quantization": "none"}
+    resolved = load_mapping(both)
+    assert resolved.config.training.learning_rate == pytest.approx(0.1 * 5e-6)
+    assert reason_of_rate(resolved).startswith("full: 0.1 times LoRA's; ")
+    assert "; dpo: 5e-06 with LoRA; the alignment handbook's QLoRA recipe" in reason_of_rate(resolved)
+    assert "preset" not in reason_of_rate(resolved)
+
+    preset = load_mapping({}, preset="production").config.training.learning_rate
+    resolved = load_mapping(both, preset="production")
+    # three digits are kept
+    assert resolved.config.training.learning_rate == pytest.approx(preset * 0.1 * 5e-6 / SFT_LEARNING_RATE, rel=5e-3)
+    assert "0.1 times" in reason_of_rate(resolved)
+    assert "dpo: 5e-06 with LoRA" in reason_of_rate(resolved)
+    assert reason_of_rate(resolved).endswith(f"in proportion to the preset's {preset:g} for sft with LoRA")
+
+    alone = load_mapping({"adapter": "full", "quantization": "none"})
+    assert alone.config.training.learning_rate == pytest.approx(0.1 * SFT_LEARNING_RATE)
+    assert "dpo" not in reason_of_rate(alone)
+
+
+@pytest.mark.parametrize("preset", ["laptop", "starter"])
+def test_no_derived_rate_is_above_the_largest_in_use(preset: str) -> None:
+    # Prompt tuning's, arXiv 2104.08691. The laptop preset's rate is the largest of all presets.
+    for method in ("ia3", "vera", "prompt"):
+        assert load_mapping({"adapter": method}, preset=preset).config.training.learning_rate < 0.3
 
 
 def test_what_the_user_writes_wins() -> None:
@@ -130,6 +163,10 @@ def test_what_does_not_go_together_is_refused_and_its_remedy_is_not(
         (training("dpo", preference={"desirable_weight": 2}), "training.preference.desirable_weight"),
         (training("dpo", preference={"loss": "ipo", "label_smoothing": 0.1}), "training.preference.label_smoothing"),
         (training("kto", distillation={"temperature": 2}), "training.distillation.temperature"),
+        (
+            training("distill", distillation={"teacher": "owner/t", "max_new_tokens": 64}),
+            "training.distillation.max_new_tokens",
+        ),
         (training("dpo") | {"data": {"mask": "last"}}, "data.mask"),
     ],
 )
@@ -143,7 +180,7 @@ def test_used_constants_are_not_reported() -> None:
         training("dpo", preference={"beta": 0.2, "loss": "ipo"}),
         training("simpo", preference={"beta": 2.5, "margin": 1.5, "label_smoothing": 0.1}),
         training("kto", preference={"desirable_weight": 1.3}),
-        training("distill", distillation={"teacher": "owner/t", "on_policy": 0.5}),
+        training("distill", distillation={"teacher": "owner/t", "on_policy": 0.5, "max_new_tokens": 64}),
     ):
         assert not [note for note in load_mapping(mapping).warnings if note.path.startswith("training.")]
 
@@ -155,6 +192,40 @@ def test_a_learning_rate_of_another_objective_is_said() -> None:
     assert "for dpo about 5e-06 is usual" in note.why
     low = training("sft", learning_rate=5e-6) | {"model": "owner/model", "data": "owner/data"}
     assert any("is low" in note.what for note in load_mapping(low).warnings)
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "rate", "what", "why"),
+    [
+        ("cpt", "lora", 1e-2, "0.01 is high", "LoRA on models of billions of parameters is best between"),
+        ("distill", "lora", 5e-6, "5e-06 is low", "a rate for training all weights"),
+        ("sft", "full", 1e-3, "0.001 is high", "wants 1e-4 to 5e-4, full 0.1 times that"),
+        ("sft", "full", 1e-6, "1e-06 is low", "wants 1e-4 to 5e-4, full 0.1 times that"),
+        ("dpo", "full", 2e-5, "2e-05 is high", "for dpo with full about 5e-07 is usual"),
+        ("cpt", "lora", 2e-4, None, None),
+        ("sft", "full", 1e-5, None, None),
+    ],
+)
+def test_a_rate_is_compared_with_what_is_usual_for_objective_and_method(
+    objective: str, method: str, rate: float, what: str | None, why: str | None
+) -> None:
+    mapping = training(objective, learning_rate=rate, **(TAUGHT if objective == "distill" else {})) | {
+        "model": "owner/model", "data": "owner/data", "adapter": method, "quantization": "none",
+    }  # fmt: skip
+    notes = [note for note in load_mapping(mapping).warnings if note.path == "training.learning_rate"]
+    if what is None:
+        assert notes == []
+        return
+    assert notes[0].what == f"training.learning_rate {what}"
+    assert str(why) in notes[0].why
+
+
+def test_what_cannot_be_cut_says_why() -> None:
+    reasons = {"dpo": "what was judged is the whole reply", "distill": "log-probabilities for every token"}
+    for objective, reason in reasons.items():
+        with pytest.raises(AffinaErrors) as caught:
+            load_mapping(training(objective) | {"data": {"truncation": "truncate"}})
+        assert reason in str(caught.value.errors[0].why)
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,8 @@ def test_the_registry_counts_what_is_trained_and_saved(base, trained, method, we
 def test_a_saved_adapter_loads_to_the_same_model(base, trained, method, weight_format):
     _, folder, expected = trained(method, weight_format)
     found = hidden_of(reload(base, folder, weight_format))
-    # PiSSA and OLoRA are saved as one LoRA of rank 2R, AdaLoRA without the ranks that are masked: the same terms
-    # in other
-    # sums, some units of 2^-24 of numbers of the order of one.
+    # PiSSA and OLoRA are saved as one LoRA of rank 2R, AdaLoRA without the ranks that are masked: the same terms in
+    # other sums, some units of 2^-24 of numbers of the order of one.
     tolerance = 1e-5 if method in ("pissa", "olora", "adalora") else 0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

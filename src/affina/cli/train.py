@@ -14,6 +14,7 @@ from affina.catalog.methods import method_named
 from affina.cli import render
 from affina.cli.options import ConfigArgument, JsonOption, PresetOption, SetOption
 from affina.cli.progress import stage_progress
+from affina.config.objectives import OBJECTIVES
 from affina.errors import AffinaError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def print_train_result(console: Console, result: TrainResult) -> None:
     commands = next_commands(
         result.run,
         is_mergeable=method_named(result.method).merges != "no",
-        writes_replies=result.objective != "reward",
+        can_write=OBJECTIVES[result.objective].can_write,
     )
     console.print("\nnext", style="bold")
     width = max(len(command) for command, _ in commands)
@@ -127,11 +128,11 @@ def _against_plan(result: TrainResult) -> str:
     return f", planned {format_bytes(planned)} ({planned / result.peak_memory_bytes - 1:+.1%})"
 
 
-def next_commands(run: Path, *, is_mergeable: bool = True, writes_replies: bool = True) -> list[tuple[str, str]]:
+def next_commands(run: Path, *, is_mergeable: bool = True, can_write: bool = True) -> list[tuple[str, str]]:
     """What a person does after training, with the run's own path in it."""
     commands = []
-    if writes_replies:
+    if can_write:
         commands.append((f"affina chat {run}", "talk to it; /base asks the model it came from"))
-    if writes_replies and is_mergeable:
+    if can_write and is_mergeable:
         commands.append((f"affina merge {run} -o merged", "one plain model, verified against the adapter"))
     return [*commands, ("affina runs", "all runs; two names compare them")]

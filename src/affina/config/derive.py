@@ -23,9 +23,6 @@ WARMUP_SHARE = 0.03
 
 VALIDATIONS_PER_RUN = 10
 
-MAX_DERIVED_LEARNING_RATE = 0.3
-"""The largest in use: prompt tuning's (arXiv 2104.08691)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Derived:
@@ -105,7 +102,7 @@ def _adapter(config: RunConfig, origins: Origins) -> list[Derived]:
             value is None and default is not None
         ):
             derived.append(Derived(path, default, f"of {method.title}; {method.source}"))
-    return [*derived, *_left_aside(config, origins, method), *_learning_rate(config, origins, method)]
+    return [*derived, *_left_aside(config, origins, method)]
 
 
 def _left_aside(config: RunConfig, origins: Origins, method: AdapterMethod) -> list[Derived]:
@@ -120,14 +117,26 @@ def _left_aside(config: RunConfig, origins: Origins, method: AdapterMethod) -> l
     return derived
 
 
-def _learning_rate(config: RunConfig, origins: Origins, method: AdapterMethod) -> list[Derived]:
-    """The schema's and the presets' learning rates are LoRA's; methods that want another size get it."""
+def _learning_rate(config: RunConfig, origins: Origins) -> list[Derived]:
+    """The schema's and the presets' rates are for supervised fine-tuning with LoRA. Methods and objectives that want
+    others get them in proportion, so that a preset's word about its model still counts."""
     origin = origins.get("training.learning_rate")
-    if method.learning_rate_factor == 1.0 or (origin is not None and origin.is_explicit):
+    if origin is not None and origin.is_explicit:
         return []
-    rate = min(config.training.learning_rate * method.learning_rate_factor, MAX_DERIVED_LEARNING_RATE)
-    reason = f"{method.learning_rate_factor:g} times LoRA's; {method.source}"
-    return [Derived("training.learning_rate", float(f"{rate:.3g}"), reason)]
+    given, objective = config.training.learning_rate, config.training.objective
+    method, usual = method_named(config.adapter.method), OBJECTIVES[objective].learning_rate
+    rate, reasons = given, []
+    if method.learning_rate_factor != 1.0:
+        rate *= method.learning_rate_factor
+        reasons.append(f"{method.name}: {method.learning_rate_factor:g} times LoRA's; {method.source}")
+    if usual is not None:
+        rate *= usual.value / SFT_LEARNING_RATE
+        reasons.append(f"{objective}: {usual.value:g} with LoRA; {usual.source}")
+    if not reasons:
+        return []
+    if origin is not None:
+        reasons.append(f"in proportion to the preset's {given:g} for sft with LoRA")
+    return [Derived("training.learning_rate", float(f"{rate:.3g}"), "; ".join(reasons))]
 
 
 def _recomputation(config: RunConfig, origins: Origins) -> list[Derived]:
@@ -173,27 +182,17 @@ def _without_validation(config: RunConfig, origins: Origins) -> list[Derived]:
 
 def _objective(config: RunConfig, origins: Origins) -> list[Derived]:
     """Defaults that depend on what is learnt."""
-    training, name = config.training, config.training.objective
+    name = config.training.objective
     facts = OBJECTIVES[name]
     derived: list[Derived] = []
-    if training.preference.beta is None and facts.beta is not None:
-        derived.append(Derived("training.preference.beta", facts.beta, f"{name}: {facts.beta_source}"))
-    rate = origins.get("training.learning_rate")
-    if facts.learning_rate is not None and (rate is None or not rate.is_explicit):
-        # A preset states its rate for supervised fine-tuning of its model; the ratio between objectives stays.
-        value = float(f"{training.learning_rate * facts.learning_rate / SFT_LEARNING_RATE:.3g}")
-        reason = f"{name}: {facts.rate_source}" + (
-            "" if rate is None else f", in proportion to the preset's {training.learning_rate:g} for sft"
-        )
-        derived.append(Derived("training.learning_rate", value, reason))
+    if config.training.preference.beta is None and facts.beta is not None:
+        derived.append(Derived("training.preference.beta", facts.beta.value, f"{name}: {facts.beta.source}"))
     if facts.records == "texts" and _is_open(origins, "data.truncation"):
         derived.append(Derived("data.truncation", "split", "no part of a long text is lost"))
-    if not facts.writes_replies and _is_open(origins, "evaluation.max_generations"):
+    if not facts.compares_replies and _is_open(origins, "evaluation.max_generations"):
         derived.append(Derived("evaluation.max_generations", 0, f"{name} learns no replies"))
-    if facts.records in ("replies", "texts"):
-        return derived
-    if name == "reward" and _is_open(origins, "evaluation.enabled"):
-        reason = "a reward model writes nothing; its validation accuracy is in metrics.jsonl"
+    if not facts.can_write and _is_open(origins, "evaluation.enabled"):
+        reason = f"a {name} model writes nothing; its validation accuracy is in metrics.jsonl"
         derived.append(Derived("evaluation.enabled", False, reason))
     return derived
 
@@ -221,6 +220,7 @@ def _steps(config: RunConfig, origins: Origins) -> list[Derived]:
 
 _DERIVATIONS: tuple[Callable[[RunConfig, Origins], list[Derived]], ...] = (
     _adapter,
+    _learning_rate,
     _recomputation,
     _precision,
     _max_length,

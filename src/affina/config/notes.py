@@ -7,7 +7,7 @@ from pathlib import Path
 
 from affina.catalog.methods import FIELDS, method_named
 from affina.config.derive import adapter_scale, has_validation
-from affina.config.objectives import OBJECTIVES, SFT_LEARNING_RATE
+from affina.config.objectives import OBJECTIVES
 from affina.config.origins import Note
 from affina.config.paths import BUILT_IN_PREFIX
 from affina.config.rules import FOUR_BIT_METHODS, Settings
@@ -133,21 +133,7 @@ def _training(settings: Settings) -> Iterator[Note]:
         yield _note(settings, "training.optimizer", "training.optimizer paged_adamw_8bit does not page here", why)
     if training.schedule == "constant":
         yield from _no_effect(settings, "training.min_learning_rate_ratio", "training.schedule is constant")
-    if settings.wrote("training.learning_rate") and not settings.config.model.path.startswith(BUILT_IN_PREFIX):
-        rate = training.learning_rate / method_named(settings.config.adapter.method).learning_rate_factor
-        usual = OBJECTIVES[training.objective].learning_rate or SFT_LEARNING_RATE
-        if training.objective != "sft" and not 0.02 <= rate / usual <= 20:
-            why = f"for {training.objective} about {usual:g} is usual"
-            word = "high" if rate > usual else "low"
-            yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is {word}", why)
-        elif training.objective != "sft":
-            pass
-        elif rate > HIGH_LEARNING_RATE:
-            why = "LoRA on models of billions of parameters is best between 1e-4 and 5e-4; above, losses jump"
-            yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is high", why)
-        elif rate < LOW_LEARNING_RATE:
-            why = "that is a rate for training all weights; LoRA wants about ten times as much"
-            yield _note(settings, "training.learning_rate", f"training.learning_rate {rate:g} is low", why)
+    yield from _learning_rate(settings)
     rows = training.micro_batch_size * training.gradient_accumulation_steps
     batch_paths = ("training.gradient_accumulation_steps", "training.micro_batch_size")
     if rows > LARGE_BATCH_ROWS and (wrote := [path for path in batch_paths if settings.wrote(path)]):
@@ -155,9 +141,33 @@ def _training(settings: Settings) -> Iterator[Note]:
         yield _note(settings, wrote[0], f"a step has {rows} rows", why)
 
 
+def _learning_rate(settings: Settings) -> Iterator[Note]:
+    """A rate far from what is usual for the objective, or for LoRA; other methods' are compared in proportion."""
+    training, method = settings.config.training, method_named(settings.config.adapter.method)
+    if not settings.wrote("training.learning_rate") or settings.config.model.path.startswith(BUILT_IN_PREFIX):
+        return
+    factor, usual = method.learning_rate_factor, OBJECTIVES[training.objective].learning_rate
+    rate = training.learning_rate / factor
+    low, high = (0.02 * usual.value, 20 * usual.value) if usual else (LOW_LEARNING_RATE, HIGH_LEARNING_RATE)
+    if low <= rate <= high:
+        return
+    if usual is not None:
+        with_method = f" with {method.name}" if factor != 1.0 else ""
+        why = f"for {training.objective}{with_method} about {usual.value * factor:g} is usual"
+    elif factor != 1.0:
+        why = f"LoRA on models of billions of parameters wants 1e-4 to 5e-4, {method.name} {factor:g} times that"
+    elif rate > high:
+        why = "LoRA on models of billions of parameters is best between 1e-4 and 5e-4; above, losses jump"
+    else:
+        why = "that is a rate for training all weights; LoRA wants about ten times as much"
+    word = "high" if rate > high else "low"
+    what = f"training.learning_rate {training.learning_rate:g} is {word}"
+    yield _note(settings, "training.learning_rate", what, why)
+
+
 _PREFERENCE_USERS = {
     "loss": ("dpo",),
-    "beta": ("dpo", "orpo", "kto", "simpo"),
+    "beta": tuple(name for name, facts in OBJECTIVES.items() if facts.beta is not None),
     "label_smoothing": ("dpo", "simpo"),
     "margin": ("simpo",),
     "desirable_weight": ("kto",),
@@ -177,6 +187,9 @@ def _objective(settings: Settings) -> Iterator[Note]:
     for field in type(training.distillation).model_fields:
         if name != "distill":
             yield from _no_effect(settings, f"training.distillation.{field}", f"training.objective is {name}")
+    if name == "distill" and not training.distillation.on_policy:
+        why = "training.distillation.on_policy is 0: the student writes no replies"
+        yield from _no_effect(settings, "training.distillation.max_new_tokens", why)
     if OBJECTIVES[name].records in ("pairs", "labels"):
         why = f"training.objective {name} compares the last replies; what is before them is the prompt"
         yield from _no_effect(settings, "data.mask", why)

@@ -16,71 +16,68 @@ SFT_LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True, slots=True)
+class Default:
+    """A number, and whose it is."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectiveFacts:
     """One objective.
 
-    needs_reference: the base model's own log-probabilities, read with the adapter switched off
-    runs_fast:       it is the supervised cross-entropy, which the fused decoder computes
-    writes_replies:  what it trains can be asked for replies that are worth comparing
-    learning_rate:   for an adapter on a model of billions of parameters; None: the general default
+    beta:             None where there is none
+    learning_rate:    for LoRA on a model of billions of parameters; None: the general default
+    runs_fast:        it is the supervised cross-entropy, which the fused decoder computes
+    can_write:        what it trains is a language model still
+    compares_replies: replies to the data's questions show what was learnt
     """
 
-    title: str
     records: Records
-    needs_reference: bool = False
+    beta: Default | None = None
+    learning_rate: Default | None = None
     runs_fast: bool = False
-    writes_replies: bool = True
-    beta: float | None = None
-    beta_source: str = ""
-    learning_rate: float | None = None
-    rate_source: str = ""
+    can_write: bool = True
+    compares_replies: bool = True
 
 
 OBJECTIVES: Mapping[str, ObjectiveFacts] = {
-    "sft": ObjectiveFacts("supervised fine-tuning", "replies", runs_fast=True),
-    "cpt": ObjectiveFacts("continued pre-training", "texts", runs_fast=True, writes_replies=False),
+    "sft": ObjectiveFacts("replies", runs_fast=True),
+    "cpt": ObjectiveFacts("texts", runs_fast=True, compares_replies=False),
     "dpo": ObjectiveFacts(
-        "direct preference optimisation",
         "pairs",
-        needs_reference=True,
-        beta=0.1,
-        beta_source="Rafailov et al., arXiv:2305.18290",
-        learning_rate=5e-6,
-        rate_source="the QLoRA recipe of Zephyr (Tunstall et al., arXiv:2310.16944)",
+        beta=Default(0.1, "Rafailov et al., arXiv:2305.18290"),
+        learning_rate=Default(
+            5e-6, "the alignment handbook's QLoRA recipe for Zephyr, recipes/zephyr-7b-beta/dpo/config_qlora.yaml"
+        ),
     ),
     "orpo": ObjectiveFacts(
-        "odds-ratio preference optimisation",
         "pairs",
-        beta=0.1,
-        beta_source="λ of Hong et al., arXiv:2403.07691",
-        learning_rate=8e-5,
-        rate_source="ten times the 8e-6 of Hong et al. (arXiv:2403.07691), who train all weights",
+        beta=Default(0.1, "λ of Hong et al., arXiv:2403.07691"),
+        learning_rate=Default(8e-5, "TRL's examples/scripts/orpo.py, with LoRA"),
     ),
     "kto": ObjectiveFacts(
-        "Kahneman-Tversky optimisation",
         "labels",
-        needs_reference=True,
-        beta=0.1,
-        beta_source="Ethayarajh et al., arXiv:2402.01306",
-        learning_rate=5e-6,
-        rate_source="ten times the 5e-7 of Ethayarajh et al. (arXiv:2402.01306), who train all weights",
+        beta=Default(0.1, "Ethayarajh et al., arXiv:2402.01306"),
+        learning_rate=Default(
+            5e-6, "the authors' code, config/config.yaml of ContextualAI/HALOs; the most that TRL's guide recommends"
+        ),
     ),
     "simpo": ObjectiveFacts(
-        "simple preference optimisation",
         "pairs",
-        beta=2.0,
-        beta_source="Meng et al., arXiv:2405.14734",
-        learning_rate=5e-6,
-        rate_source="ten times the 5e-7 of Meng et al. (arXiv:2405.14734), who train all weights",
+        beta=Default(2.0, "Meng et al., arXiv:2405.14734"),
+        learning_rate=Default(
+            5e-6, "our choice: ten times the middle of what Meng et al. (arXiv:2405.14734) try, who train all weights"
+        ),
     ),
     "reward": ObjectiveFacts(
-        "reward model",
         "pairs",
-        writes_replies=False,
-        learning_rate=1e-4,
-        rate_source="ten times the 1e-5 that is usual when all weights train",
+        learning_rate=Default(1e-4, "TRL's examples/scripts/reward_modeling.py, with LoRA"),
+        can_write=False,
+        compares_replies=False,
     ),
-    "distill": ObjectiveFacts("distillation", "replies"),
+    "distill": ObjectiveFacts("replies"),
 }
 
 

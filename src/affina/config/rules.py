@@ -22,9 +22,10 @@ from affina.config.schema import RunConfig, SourceConfig
 from affina.errors import ConfigError, Location
 
 MAX_RANK = 1024
+"""Wider than any published use: code and mathematics at scale used 256 (Biderman et al., arXiv 2405.09673)."""
+
 FOUR_BIT_METHODS = ("nf4", "fp4")
 """Values of quantization.method with block scales."""
-"""Wider than any published use: code and mathematics at scale used 256 (Biderman et al., arXiv 2405.09673)."""
 
 MAX_SCALE = 64.0
 """Of the update. The usual ones are 0.5 to 4; beyond this the first steps diverge at any learning rate in use."""
@@ -477,15 +478,17 @@ def _evaluation_without_records(settings: Settings) -> ConfigError | None:
 @reads("training.objective", "data.truncation")
 def _truncation_of_pairs(settings: Settings) -> ConfigError | None:
     objective, truncation = settings.config.training.objective, settings.config.data.truncation
-    is_whole = OBJECTIVES[objective].records in ("pairs", "labels") or (
-        objective == "distill" and settings.config.training.distillation.teacher is None
-    )
-    if not is_whole or truncation in ("drop", "raise"):
+    is_judged = OBJECTIVES[objective].records in ("pairs", "labels")
+    is_taught = objective == "distill" and settings.config.training.distillation.teacher is None
+    if not (is_judged or is_taught) or truncation in ("drop", "raise"):
         return None
+    why = "what was judged is the whole reply; a part of it may deserve another judgement"
+    if is_taught:
+        why = "the records have the teacher's log-probabilities for every token of the whole reply, not for a part"
     return ConfigError(
         "truncation-changes-preference",
         f"data.truncation is {truncation}, and training.objective is {objective}",
-        why="what was judged is the whole reply; a part of it may deserve another judgement",
+        why=why,
         fix="write `truncation: drop` (leaves it out and counts it) or raise, and raise data.max_length",
         where=settings.where("data.truncation", "training.objective"),
     )
@@ -493,7 +496,7 @@ def _truncation_of_pairs(settings: Settings) -> ConfigError | None:
 
 @reads("training.objective", "evaluation.enabled")
 def _evaluation_of_reward(settings: Settings) -> ConfigError | None:
-    if settings.config.training.objective != "reward" or not settings.config.evaluation.enabled:
+    if OBJECTIVES[settings.config.training.objective].can_write or not settings.config.evaluation.enabled:
         return None
     return ConfigError(
         "evaluation-of-reward",

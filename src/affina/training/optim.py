@@ -86,8 +86,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over `parameters`; the loop sets the learning rate at every step.
 
-    faster:              those of them that learn `learning_rate_ratio` times as fast as the others (LoRA+, arXiv
-                         2402.12354)
+    faster: those of them that learn `learning_rate_ratio` times as fast as the others (LoRA+, arXiv 2402.12354)
 
     Raises TrainingError `optimizer-unavailable` when an 8-bit kind is asked for and bitsandbytes is not installed.
     """
