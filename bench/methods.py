@@ -9,9 +9,10 @@ made here from a fixed seed: a sentence about a payment becomes a line of a ledg
 beforehand (800 to learn, 120 held out). Forgetting is exact-match accuracy on the model's own skill test (of
 affina/nano: 224 items of its pre-training's skills, skills.jsonl), before and after; other models have none.
 
-bench/results/methods.json has one record per method, task, model and seed, and the sweep; it is written after each run,
-and a later call goes on where it stopped. Accuracies carry Wilson intervals over records (95%); `bench/methods.py
---summary` prints means over seeds with the intervals of Student's t over seeds.
+It has not been run to the end on any machine yet: there is no bench/results/methods.json, and affina claims nothing
+about which method learns most. The file gets one record per method, task, model and seed, and the sweep; it is written
+after each run, and a later call goes on where it stopped. Accuracies carry Wilson intervals over records (95%);
+`bench/methods.py --summary` prints means over seeds with the intervals of Student's t over seeds.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ attention. Splitting once (`Tensor.split`) matters: slicing S times makes the ba
 whole row with zeros. Measured on 2 cores (T = 2048, 33 documents, 4 heads of 64, fp32, forward and backward): split 49
 ms, slices 133 ms, documents padded to one batch 84 ms, one T × T mask 351 ms.
 
-**CUDA path.** `torch.nn.attention.varlen.varlen_attn` (FlashAttention on `cu_seqlens`) where the card, the type and
-the head
-allow it: one kernel for all documents, no waiting for the device (H100, 8,192 tokens in 24 documents, 32 heads of 128,
-forward and backward: 2.0 ms, split 4.6 ms). Without grouped heads in torch 2.11, keys and values
-are repeated there.
+**CUDA path.** `torch.nn.attention.varlen.varlen_attn` (FlashAttention on `cu_seqlens`) where the card, the type and the
+head allow it: one kernel for all documents, no waiting for the device (H100, 8,192 tokens in 24 documents, 32 heads of
+128, forward and backward: 2.0 ms, split 4.6 ms). Without grouped heads in torch 2.11, keys and values are repeated
+there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Text from prompts: batched with a cache, or one token at a time as a stream.
 
-Prompts are padded on the left, so that all of a batch continue at the same place. What a prompt gets does not depend
-on its
-neighbours: greedy decoding looks at its own logits alone, and sampling draws from a generator that belongs to the
+Prompts are padded on the left, so that all of a batch continue at the same place. What a prompt gets does not depend on
+its neighbours: greedy decoding looks at its own logits alone, and sampling draws from a generator that belongs to the
 prompt (seed and index), not to the batch. Rows that are done leave the batch, and prompts of similar length go
 together.
 """

@@ -2,8 +2,8 @@
 
 The library's own reader maps the file, and every page it touches counts as memory of the process until the file is
 closed; its writer wants all tensors at once. Loading a model "near its 4-bit size" and merging one "tensor by tensor"
-need neither. The
-format is simple: 8 bytes length, a JSON header with type, shape and offsets of every tensor, then their bytes.
+need neither. The format is simple: 8 bytes length, a JSON header with type, shape and offsets of every tensor, then
+their bytes.
 """
 
 from __future__ import annotations
@@ -103,8 +103,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, TensorSpec]:
     """Every tensor of a model directory, whether it is one file or has an index of shards.
 
     Raises ModelError: checkpoint-missing, checkpoint-unsafe (only pickled weights), checkpoint-incomplete (a shard is
-                       absent),
-    checkpoint-damaged.
+                       absent), checkpoint-damaged.
     """
     index = folder / INDEX_FILE
     if index.is_file():

@@ -5,12 +5,9 @@ switches.
     D: [m, o]   d: [m]   U: [o, m]   u: [o]   m the bottleneck, o the layer's outputs
 
 Houlsby et al., arXiv:1902.00751: after attention and after the MLP, before the residual addition of each. Pfeiffer et
-al.,
-arXiv:2005.00247: after the MLP only. The last layer of either block (o_proj, down_proj) gives exactly its output, so
-that the
-adapter wraps that layer. U starts as zero: nothing changes before the first step. The layer norms stay frozen, unlike
-in the
-first paper: that is `adapter: layernorm`.
+al., arXiv:2005.00247: after the MLP only. The last layer of either block (o_proj, down_proj) gives exactly its output,
+so that the adapter wraps that layer. U starts as zero: nothing changes before the first step. The layer norms stay
+frozen, unlike in the first paper: that is `adapter: layernorm`.
 
 PEFT has no such method, and its public registration takes only its own names; `compat.register_peft_tuner` has the
 rest.

@@ -1,12 +1,10 @@
 """EVA: a LoRA whose A starts as the main directions of each layer's inputs on the training data.
 
 Paischer et al., arXiv:2410.07170: the rows of A are the R largest right singular vectors of the layer's inputs X
-[tokens, in],
-B is zero. They are found batch by batch: of what is known, Σ Vᵀ, with the next rows below it, the singular vectors
-are those of
-all rows so far but for what earlier truncations dropped (Ross et al. 2008, without the mean). Ranks are not shared
-out by
-explained variance as in the paper: every layer keeps `rank`, so that the size of the adapter is what the config says.
+[tokens, in], B is zero. They are found batch by batch: of what is known, Σ Vᵀ, with the next rows below it, the
+singular vectors are those of all rows so far but for what earlier truncations dropped (Ross et al. 2008, without the
+mean). Ranks are not shared out by explained variance as in the paper: every layer keeps `rank`, so that the size of the
+adapter is what the config says.
 """
 
 from __future__ import annotations

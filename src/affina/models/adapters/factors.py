@@ -3,8 +3,10 @@
 PiSSA (Meng et al., arXiv:2404.02948) and OLoRA (Büyükakyüz, arXiv:2406.01775) begin with factors of W itself, and take
 them out of W so that nothing changes at first:
 
-    y = x (W − s B₀ A₀)ᵀ + s x (B A)ᵀ PiSSA   s B₀ A₀ = U_R Σ_R V_Rᵀ, the R largest singular directions of W, the root
-    of Σ in either factor OLoRA   B₀ = Q[:, :R], A₀ = R[:R] of W = Q R
+    y = x (W − s B₀ A₀)ᵀ + s x (B A)ᵀ
+
+    PiSSA   s B₀ A₀ = U_R Σ_R V_Rᵀ, the R largest singular directions of W, the root of Σ in either factor
+    OLoRA   B₀ = Q[:, :R], A₀ = R[:R] of W = Q R
 
 PEFT writes W − s B₀ A₀ into the base. Then the base is no longer the base: switched off it answers with a hole in it, a
 second such adapter moves the first one's logits by 80%, and a saved adapter fits no other copy. Here the base is never

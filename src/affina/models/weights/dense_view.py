@@ -1,11 +1,9 @@
 """A quantised layer that shows its dense weight, for adapter layers that look at it.
 
 PEFT's DoRA, BOFT, LoHa and LoKr read `base_layer.weight`. Of a layer with packed codes they would get bytes: a crash
-where the
-shape matters, and silently wrong numbers where it does not. Under a view the layer computes as before, and `weight`
-is what the
-codes stand for: expanded anew at each look, or, for methods that only ask for its shape and device, one zero seen
-                 [out, in] times.
+where the shape matters, and silently wrong numbers where it does not. Under a view the layer computes as before, and
+`weight` is what the codes stand for: expanded anew at each look, or, for methods that only ask for its shape and
+device, one zero seen [out, in] times.
 """
 
 from __future__ import annotations
