@@ -23,8 +23,8 @@ from affina.models.adapters import (
     resolve_targets,
     save_adapter,
 )
+from affina.models.adapters.files import read_adapter_tensors
 from affina.models.adapters.restore import restore_adapter_weights
-from affina.models.adapters.storage import read_adapter_tensors
 from affina.models.compat import quiet_peft
 from affina.models.load import load_causal_lm
 from affina.models.weights import Fp8Options, Int8Options, Nf4Options, format_of, quantized_layers

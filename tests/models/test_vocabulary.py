@@ -16,6 +16,7 @@ from affina.models.adapters import attach_adapter, base_identity, load_adapter, 
 from affina.models.forward import supervised_loss, supervised_token_losses, verified_head
 from affina.models.load import describe_model, load_causal_lm, load_notes
 from affina.models.quantized_checkpoint import save_quantized
+from affina.models.safetensors_file import checkpoint_tensors
 from affina.models.weights import (
     Fp8Options,
     Int8Embedding,
@@ -157,10 +158,15 @@ def test_the_base_is_the_same_base_for_an_adapter(tmp_path: Path) -> None:
     assert sum("lora_B" in name and bool(p.any()) for name, p in again.named_parameters()) == 14
 
 
-def test_saved_in_four_bits_it_is_a_model_with_a_dense_vocabulary(tmp_path: Path) -> None:
-    source = save(random_model(qwen3_config(tie_word_embeddings=False)), tmp_path / "source")
-    model = load(source, weight_format=Nf4Options())
-    again = load(save_quantized(model, tmp_path / "saved"), quantizes_vocabulary=False)
+@TIED
+@pytest.mark.parametrize("options", [Nf4Options(), Int8Options(), Fp8Options()], ids=["nf4", "int8", "fp8"])
+def test_saved_in_few_bits_it_is_a_model_with_a_dense_vocabulary(tmp_path: Path, tied: bool, options: Any) -> None:
+    source = save(random_model(qwen3_config(tie_word_embeddings=tied)), tmp_path / "source")
+    model = load(source, weight_format=options)
+    saved = save_quantized(model, tmp_path / "saved")
+    names = {name for name in checkpoint_tensors(saved) if name.startswith(("lm_head", "model.embed_tokens"))}
+    assert names == {"model.embed_tokens.weight"} | ({"lm_head.weight"} if not tied else set())
+    again = load(saved, quantizes_vocabulary=False)
     assert type(again.get_output_embeddings()) is nn.Linear
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 

@@ -23,7 +23,7 @@ from affina.models.engines import trainable_parameters
 from affina.models.forward import evaluation_mode, hidden_states
 from affina.models.load import load_causal_lm
 from affina.models.safetensors_file import checkpoint_tensors, read_tensor
-from affina.models.weights import Fp8Options, Int8Options, Nf4Options, WeightFormatOptions
+from affina.models.weights import Fp4Options, Fp8Options, Int8Options, Nf4Options, WeightFormatOptions
 from affina.training.adalora import adalora_of
 from affina.training.callbacks import Observers
 from affina.training.loop import LoopSettings, train
@@ -48,6 +48,7 @@ SMALL = {
 FORMATS: dict[str, WeightFormatOptions | None] = {
     "dense": None,
     "nf4": Nf4Options(),
+    "fp4": Fp4Options(),
     "int8": Int8Options(),
     "fp8": Fp8Options(),
 }

@@ -53,6 +53,7 @@ class MethodRow:
             "vllm": method.vllm,
             "llama_cpp": method.llama_cpp,
             "fast_engine": method.fast_engine,
+            "keeps_head": method.keeps_head,
             "learning_rate_factor": method.learning_rate_factor,
             "cost": method.cost,
             "sizes": asdict(self.sizes) if self.sizes is not None else None,
@@ -124,8 +125,8 @@ own. *Recomputes*: works with `training.gradient_checkpointing`. *Swap*, *mix*: 
 place, and uses several in one batch; for every other method of PEFT's than LoRA's, `adapter_names` applies the active
 adapter to all rows without an error. *vLLM*, *llama.cpp*: read the saved file as it is, or after a conversion; a merged
 model they always read. *Fast*: the fused decoder trains it; others train on transformers' own forward, and the run says
-so. *Rate*: a first learning rate over LoRA's, which is applied to the default and to presets, never to a rate that you
-write.
+so. *Head*: trains a reward model's head beside it (`training.objective: reward`). *Rate*: a first learning rate over
+LoRA's, which is applied to the default and to presets, never to a rate that you write.
 """
 
 
@@ -136,9 +137,15 @@ def method_reference() -> str:
     )
 
 
+_COLUMNS = (
+    "method", "trains on", "merges", "shares rows", "recomputes", "swap", "mix", "vLLM", "llama.cpp", "fast", "head",
+    "rate",
+)  # fmt: skip
+
+
 def _capabilities() -> Iterator[str]:
-    yield "| method | trains on | merges | shares rows | recomputes | swap | mix | vLLM | llama.cpp | fast | rate |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
     for method in METHODS.values():
         cells = (
             f"`{method.name}`",
@@ -148,6 +155,7 @@ def _capabilities() -> Iterator[str]:
             method.vllm,
             method.llama_cpp,
             _yes(method.fast_engine),
+            _yes(method.keeps_head),
             f"× {method.learning_rate_factor:g}",
         )
         yield f"| {' | '.join(cells)} |"

@@ -30,8 +30,7 @@ PeftName = Literal[
 ]  # fmt: skip
 """Other methods of PEFT, by their PEFT names: trained as PEFT does it, and marked unverified. Left out is what PEFT
 0.21 loads back as another model (lily), what fails or warns on a decoder without biases (beft, frod, shadow, shira),
-needs another
-package (adamss) or other adapters (xlora, poly), and its other prompt methods."""
+needs another package (adamss) or other adapters (xlora, poly), and its other prompt methods."""
 
 Merging = Literal["exact", "dequantised base", "no"]
 Serving = Literal["yes", "converted", "no"]
@@ -59,6 +58,7 @@ class AdapterMethod:
     vllm, llama_cpp:      whether the saved file is served: as it is, after a conversion, or not (a merged model
                           always is)
     fast_engine:          whether the fused decoder trains it
+    keeps_head:           whether a reward model's head is trained beside it and saved in its file
     learning_rate_factor: a good first learning rate, over LoRA's on the same model
     count, count_file:    parameters that are trained, and that are in the file
     num_frozen:           what it holds besides, in parameters, not trained
@@ -84,6 +84,7 @@ class AdapterMethod:
     vllm: Serving = "no"
     llama_cpp: Serving = "no"
     fast_engine: bool = False
+    keeps_head: bool = True
     learning_rate_factor: float = 1.0
     count_file: Counter | None = None
     num_frozen: Counter | None = None
@@ -135,13 +136,14 @@ def _tuner(name: str, title: str, paper: str, summary: str, **settings: Any) -> 
 
 
 def _virtual_tokens(name: str, title: str, paper: str, summary: str, **settings: Any) -> AdapterMethod:
-    shared: dict[str, Any] = {"kind": "virtual tokens", "merges": "no", "packs": False}
+    shared: dict[str, Any] = {"kind": "virtual tokens", "merges": "no", "packs": False, "keeps_head": False}
     return AdapterMethod(name=name, title=title, paper=paper, summary=summary, **(shared | settings))
 
 
 _TWICE_THE_RANK: dict[str, Any] = {
     "trains_on": DENSE_ONLY,
     "fast_engine": False,
+    "keeps_head": False,
     "count_file": count.twice_low_rank,
     "num_frozen": count.low_rank,
     "cost": "the initial factors are kept beside the trained ones, and saved with them: a LoRA file of rank 2R",
@@ -407,6 +409,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             source="a tenth of LoRA's learning rate (Schulman et al. 2025, LoRA without regret)",
             trains_on=DENSE_ONLY,
             learning_rate_factor=0.1,
+            keeps_head=False,
             cost="16 bytes a parameter in place of the base's 2, and a copy of the base in main memory to compare with",
             count=count.all_weights,
         ),
@@ -420,6 +423,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             source="two layers; a tenth of LoRA's learning rate, as for full fine-tuning",
             trains_on=DENSE_ONLY,
             learning_rate_factor=0.1,
+            keeps_head=False,
             cost="16 bytes a trained parameter, but no backward pass below the trained layers",
             count=count.last_layers,
         ),
@@ -440,6 +444,7 @@ def _unverified(name: str) -> AdapterMethod:
         count=lambda shape, settings: 0,
         trains_on=DENSE_ONLY,
         merges="no",
+        keeps_head=False,
         is_verified=False,
     )
 

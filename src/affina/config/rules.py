@@ -288,6 +288,50 @@ def what_trains_instead(method: AdapterMethod, weight_format: str) -> str:
     return f"write `quantization: none`, or `adapter: {near}` (on {weight_format} also: {others})"
 
 
+@reads("adapter.method", "training.objective")
+def _reward_without_head(settings: Settings) -> ConfigError | None:
+    method = method_named(settings.config.adapter.method)
+    if settings.config.training.objective != "reward" or method.keeps_head:
+        return None
+    return ConfigError(
+        "adapter-unsupported",
+        f"adapter.method is {method.name} and training.objective is reward",
+        why=why_no_head(method),
+        fix=WHAT_KEEPS_A_HEAD,
+        where=settings.where("adapter.method", "training.objective"),
+    )
+
+
+def why_no_head(method: AdapterMethod) -> str:
+    """Why a reward model's head is not trained beside a method."""
+    if method.kind == "weights":
+        return f"what {method.title} saves are weights of a causal language model, which has no reward model's head"
+    if method.name in ("pissa", "olora"):
+        return f"{method.title} is a trained adapter beside a frozen one, and PEFT gives a head to one adapter alone"
+    return f"affina has not verified that {method.title} keeps a reward model's head"
+
+
+WHAT_KEEPS_A_HEAD = "write `adapter: lora`, or an objective without a head, such as `objective: dpo`"
+
+
+@reads("adapter.method", "engine.memory")
+def _lowest_trains_vocabulary(settings: Settings) -> ConfigError | None:
+    config = settings.config
+    if config.adapter.method != "full" or config.engine.memory != "lowest":
+        return None
+    return ConfigError(
+        "adapter-unsupported",
+        "adapter.method is full and engine.memory is lowest",
+        why=WHY_NOT_LOWEST,
+        fix=WHAT_TRAINS_AT_LOWEST,
+        where=settings.where("engine.memory", "adapter.method"),
+    )
+
+
+WHY_NOT_LOWEST = "lowest keeps embedding and head in int8, whose codes cannot be trained"
+WHAT_TRAINS_AT_LOWEST = "write `memory: auto`, or `adapter: lora`"
+
+
 @reads("adapter.method", "training.gradient_checkpointing")
 def _checkpointing_of_method(settings: Settings) -> ConfigError | None:
     method = method_named(settings.config.adapter.method)

@@ -3,9 +3,9 @@
     W' = W + s · B A        computed in float32, rounded once to the type of the result
 
 (LoRA; mergers.py has the other methods.) The base is the original one, never its quantised copy: merging into that
-would quantise the sum again and lose part of
-the adapter. Memory stays at one tensor while writing. The result is then loaded from its files and its logits are
-compared with those of base and adapter: an export whose effect vanished fails, and leaves nothing behind.
+would quantise the sum again and lose part of the adapter. Memory stays at one tensor while writing. The result is then
+loaded from its files and its logits are compared with those of base and adapter: an export whose effect vanished fails,
+and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from affina.models.safetensors_file import (
     read_tensor,
     write_sharded,
 )
-from affina.models.weights import WeightFormatOptions
+from affina.models.weights import WeightFormatOptions, expand_linears
 from affina.runs.atomic import new_directory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,9 +111,8 @@ def merge(
     probe_prompts:         token ids on which logits are compared; default: sentences through the model's own tokenizer
 
     Raises ExportError: output-exists, disk-full, dtype-unknown, merge-unsupported (the method), merge-vanished (the
-                        adapter's effect is not in the
-                        result),
-    merge-unverified (the result differs by more than rounding); ModelError when base or adapter cannot be used.
+                        adapter's effect is not in the result), merge-unverified (the result differs by more than
+                        rounding); ModelError when base or adapter cannot be used.
     """
     target, target_dtype = Path(output), _dtype_named(dtype)
     check_output(target, why="a merge never overwrites")
@@ -129,6 +128,8 @@ def merge(
     made_for = trained_weight_format if info.method == "loftq" else None
     plain = load(base, proof_dtype, made_for)
     identity = base_identity(plain)
+    if info.method != "loftq":  # which holds on its own codes alone; the others are merged into weights
+        expand_linears(plain, proof_dtype)
     with_adapter = load_adapter(plain, info.directory)
     expected, of_base = logits_of(with_adapter, prompts), _logits_of_base(with_adapter, prompts)
     writer = _Writer(merger_of(info, with_adapter), target_dtype)

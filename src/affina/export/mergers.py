@@ -23,7 +23,8 @@ from affina.catalog.methods import method_named
 from affina.errors import ExportError
 from affina.models.adapters import AdapterInfo
 from affina.models.adapters.attach import ADAPTER_NAME
-from affina.models.adapters.storage import WEIGHTS_FILE, WEIGHTS_KEY, read_adapter_tensors
+from affina.models.adapters.files import WEIGHTS_FILE, WEIGHTS_KEY, read_adapter_tensors
+from affina.models.compat import name_in_base
 from affina.models.structure import base_model_of
 from affina.models.weights import QuantizedLinear, quantized_layers
 
@@ -156,9 +157,7 @@ class DequantizedMerger:
         self._base = base_model_of(model)
         kept = {id(layer) for layer in quantized_layers(model)}
         self._names = frozenset(
-            f"{name.removesuffix('.base_layer')}.weight"
-            for name, module in self._base.named_modules()
-            if id(module) in kept
+            f"{name_in_base(name)}.weight" for name, module in self._base.named_modules() if id(module) in kept
         )
 
     @property
@@ -182,6 +181,4 @@ def _scales_outputs(layer: object) -> bool:
 
 
 def _transposed_layers(base: PreTrainedModel) -> frozenset[str]:
-    return frozenset(
-        name.removesuffix(".base_layer") for name, module in base.named_modules() if isinstance(module, Conv1D)
-    )
+    return frozenset(name_in_base(name) for name, module in base.named_modules() if isinstance(module, Conv1D))

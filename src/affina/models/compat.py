@@ -19,7 +19,7 @@ def quiet_peft() -> Iterator[None]:
     """PEFT 0.21 reads `model.is_gradient_checkpointing`, which transformers ≥ 5.20 deprecates with a FutureWarning
     that the user can do nothing about. Delete when the oldest supported PEFT reads `is_activation_checkpointing`.
 
-    It also warns of parameters that a file does not have, which storage.py refuses; that the ranks which AdaLoRA has
+    It also warns of parameters that a file does not have, which fitting.py refuses; that the ranks which AdaLoRA has
     left are no pattern of LoRA's; that BOFT's CUDA extension is not there, which one butterfly factor does not need;
     that a norm is "unsupported" to LayerNorm tuning, which copies the module whatever it is. Delete when it does not.
     """
@@ -106,6 +106,16 @@ def adapter_prefixes() -> tuple[str, ...]:
     return tuple(sorted({prefix for prefix in mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix}))
 
 
+_OTHER_PARTS = ("prompt_encoder", "modules_to_save", "ranknum", "vera_", "pvera_")
+"""What PEFT's mapping of prefixes leaves out: encoders, a head, AdaLoRA's ranks, VeRA's shared matrices."""
+
+
 def is_adapter_name(name: str) -> bool:
-    """Whether a parameter or module of that dotted name belongs to an adapter and not to the base."""
-    return any(part.startswith(("prompt_encoder", "ranknum", *adapter_prefixes())) for part in name.split("."))
+    """Whether a parameter, buffer or module of that dotted name belongs to an adapter and not to the base."""
+    beginnings = (*_OTHER_PARTS, *adapter_prefixes())
+    return any(part.startswith(beginnings) for part in name.split("."))
+
+
+def name_in_base(name: str) -> str:
+    """What a parameter, buffer or module of the base that PEFT may have wrapped was called before."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from affina.catalog.model_files import read_config, resolve_model_folder
 from affina.errors import Location, ModelError
 from affina.models.attention import register
-from affina.models.compat import quiet_loading
+from affina.models.compat import is_adapter_name, quiet_loading
 from affina.models.quantized_checkpoint import layer_files, options_of_checkpoint
 from affina.models.safetensors_file import TensorSpec, checkpoint_tensors, read_tensor
 from affina.models.structure import base_model_of
@@ -432,8 +432,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     in all."""
     base = base_model_of(model)
     quantized = quantized_layers(base)
-    codes = {id(layer.weight) for layer in quantized}
-    adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    codes = {id(layer.codes) for layer in quantized}
+    adapter = [parameter for name, parameter in model.named_parameters() if is_adapter_name(name)]
     adapter_ids = {id(parameter) for parameter in adapter}
     dense = [p for p in base.parameters() if id(p) not in codes and id(p) not in adapter_ids]
     num_bytes: dict[str, int] = {}

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from affina.errors import ModelError
+from affina.models.compat import is_adapter_name, name_in_base
 from affina.models.safetensors_file import PlannedTensor, TensorSpec, read_tensor, write_sharded
 from affina.models.structure import base_model_of
 from affina.models.weights import (
@@ -171,17 +172,14 @@ def planned_tensors(base: PreTrainedModel) -> list[PlannedTensor]:
     """Every tensor of the model's file: quantised layers as their formats store them, tied weights once."""
     tied = set(getattr(base, "all_tied_weights_keys", None) or {})
     # No format of a file knows embeddings or heads in few bits: they are expanded.
-    vocabulary = {
-        f"{name}.weight": module.quantized
-        for name, module in base.named_modules()
-        if isinstance(module, Int8Embedding | Int8Head)
-    }
-    of_vocabulary = {name.removesuffix("weight") + other for name in vocabulary for other in ("scale", "like")}
+    modules = [item for item in base.named_modules() if isinstance(item[1], Int8Embedding | Int8Head)]
+    vocabulary = {f"{name}.weight": module.quantized for name, module in modules}
+    decoders = {f"{name}.{key}" for name, module in modules for key in module.state_keys[1:]}
     planned = []
     for name, tensor in base.state_dict().items():
-        if name in tied or name in of_vocabulary or ".lora_" in name:
+        if name in tied or name in decoders or is_adapter_name(name):
             continue
-        plain, shape = name.replace(".base_layer.", "."), tuple(tensor.shape)
+        plain, shape = name_in_base(name), tuple(tensor.shape)
         if name in vocabulary:
             planned.append(PlannedTensor(plain, base.dtype, shape, partial(vocabulary[name].dequantize, base.dtype)))
         else:
@@ -202,7 +200,7 @@ def quantization_config(base: PreTrainedModel, compute_dtype: torch.dtype) -> di
     assert weight_format is not None
     assert {type(layer) for layer in layers} == {type(layers[0])}, "a model has one weight format"
     dense = [
-        name.replace(".base_layer", "")
+        name_in_base(name)
         for name, linear in linear_layers(base)
         if not isinstance(linear, QuantizedLinear) or isinstance(linear, Int8Head)
     ]

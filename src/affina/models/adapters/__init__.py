@@ -2,8 +2,9 @@
 
 from affina.catalog.methods import METHODS, AdapterMethod, method_named
 from affina.models.adapters.attach import attach_adapter, has_adapter, settings_of
+from affina.models.adapters.files import AdapterInfo, read_adapter_info
 from affina.models.adapters.identity import base_identity
-from affina.models.adapters.storage import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+from affina.models.adapters.storage import load_adapter, save_adapter
 from affina.models.adapters.switch import adapter_disabled
 from affina.models.adapters.targets import resolve_targets
 

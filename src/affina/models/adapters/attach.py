@@ -19,7 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from affina.catalog.adapter_settings import AdapterSettings
 from affina.catalog.methods import AdapterMethod, method_named
-from affina.config.rules import what_trains_instead, why_not_on
+from affina.config.rules import (
+    WHAT_KEEPS_A_HEAD,
+    WHAT_TRAINS_AT_LOWEST,
+    WHY_NOT_LOWEST,
+    what_trains_instead,
+    why_no_head,
+    why_not_on,
+)
 from affina.errors import ModelError
 from affina.models.adapters.factors import start_from_weights
 from affina.models.adapters.limits import check_sizes
@@ -28,7 +35,7 @@ from affina.models.adapters.targets import residual_norms, resolve_targets, shor
 from affina.models.adapters.trained_weights import train_weights, trained_weights_of
 from affina.models.compat import is_adapter_name, quiet_peft
 from affina.models.structure import base_model_of
-from affina.models.weights import format_of, quantized_layers
+from affina.models.weights import Int8Embedding, Int8Head, format_of, quantized_layers
 from affina.models.weights.dense_view import show_dense_weight
 
 ADAPTER_NAME = "default"
@@ -60,8 +67,8 @@ def attach_adapter(
     virtual tokens do.
 
     Raises ModelError: adapter-method-unknown, target-unmatched, adapter-unsupported (a weight format on which the
-                       method does
-    not train), rank-above-layer, block-size-unfit, adapter-option-wrong, num-layers-too-large.
+                       method does not train), rank-above-layer, block-size-unfit, adapter-option-wrong,
+                       num-layers-too-large.
     """
     entry = method_named(method)
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, **(options or {})}
@@ -69,10 +76,15 @@ def attach_adapter(
     if "targets" in values and not isinstance(values["targets"], str):
         values["targets"] = tuple(values["targets"])
     settings = entry.settings(**values)
-    if trained_modules:
-        _refuse_trained_modules(entry)
+    if trained_modules and not entry.keeps_head:
+        raise ModelError(
+            "adapter-unsupported",
+            f"a reward model's head is not trained beside {entry.title}",
+            why=why_no_head(entry),
+            fix=WHAT_KEEPS_A_HEAD,
+        )
     if entry.kind == "weights" and method != "layernorm":
-        _refuse_formats(entry, [("its weights", layer) for layer in quantized_layers(model)])
+        _refuse_trained_codes(entry, model)
         train_weights(model, settings)
         remember_settings(model, settings)
         return model
@@ -126,7 +138,7 @@ def prepare_for_training(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or is_adapter_name(name):
             parameter.data = parameter.data.float()
-            assert is_adapter_name(name) or ".modules_to_save." in name, f"{name} is trainable but no adapter"
+            assert is_adapter_name(name), f"{name} is trainable but no adapter"
     if model.get_base_model().dtype != torch.float32:
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -172,15 +184,17 @@ def _check_layers(
     check_sizes(entry, settings, shapes)
 
 
-def _refuse_trained_modules(entry: AdapterMethod) -> None:
-    """PEFT keeps a head beside low-rank factors, scalings and rotations; other methods have files of their own."""
-    if entry.kind not in ("low-rank", "scaling", "rotation") or entry.name in ("pissa", "olora"):
+def _refuse_trained_codes(entry: AdapterMethod, model: PreTrainedModel) -> None:
+    """Refuse to train weights of the model where they are codes. An int8 vocabulary is beside the last layers."""
+    if entry.name == "full" and isinstance(model.get_input_embeddings(), Int8Embedding):
         raise ModelError(
             "adapter-unsupported",
-            f"a reward model's head is not trained beside {entry.title}",
-            why="the head would not be part of the adapter's file",
-            fix="write `adapter: lora`",
+            f"{entry.title} cannot train an embedding and a head in int8",
+            why=WHY_NOT_LOWEST,
+            fix=WHAT_TRAINS_AT_LOWEST,
         )
+    layers = [layer for layer in quantized_layers(model) if not isinstance(layer, Int8Head)]
+    _refuse_formats(entry, [("its weights", layer) for layer in layers])
 
 
 def _refuse_formats(entry: AdapterMethod, layers: Sequence[tuple[str, nn.Module]]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from affina.models.adapters.trained_weights import trained_weights_of
-from affina.models.compat import is_adapter_name
+from affina.models.compat import is_adapter_name, name_in_base
 from affina.models.structure import base_model_of, text_config
 from affina.models.weights import Int8Embedding, fingerprint_rows
 
@@ -65,7 +65,7 @@ def _weights_fingerprint(base: nn.Module) -> str:
         sample = fingerprint_rows(original.get(name_of[id(embedding.weight)], embedding.weight))
     _update(digest, "embedding", sample)
     vectors = {
-        name.replace(".base_layer.", "."): parameter
+        name_in_base(name): parameter
         for name, parameter in base.named_parameters()
         if parameter.dim() == 1 and parameter.is_floating_point() and not is_adapter_name(name)
     }

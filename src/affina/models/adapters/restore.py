@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from affina.catalog.methods import method_named
 from affina.errors import ModelError
 from affina.models.adapters.attach import ADAPTER_NAME, settings_of
-from affina.models.adapters.storage import WEIGHTS_FILE, tensors_for_file
+from affina.models.adapters.files import WEIGHTS_FILE
+from affina.models.adapters.storage import tensors_for_file
 from affina.models.adapters.trained_weights import trained_weights_of
 from affina.models.compat import is_adapter_name
 from affina.models.structure import base_model_of

@@ -9,6 +9,7 @@ from affina.models.weights.quantized import (
     QuantizedLinear,
     WeightFormatOptions,
     cache_dequantized,
+    expand_linears,
     quantize_linears,
     quantized_layers,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "WeightFormat",
     "WeightFormatOptions",
     "cache_dequantized",
+    "expand_linears",
     "fingerprint_rows",
     "format_of",
     "linear_layers",

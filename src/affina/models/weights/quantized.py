@@ -261,12 +261,34 @@ def quantize_linears(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     replaced = []
-    for name, module in list(model.named_modules()):
+    for name in _names(model):
+        module = model.get_submodule(name)
         if type(module) is not nn.Linear or id(module) in kept or options.skips(name) or owners[id(module.weight)] > 1:
             continue
         replace_module(model, name, options.quantize_linear(module))
         replaced.append(name)
     return tuple(replaced)
+
+
+@torch.no_grad()
+def expand_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts a dense frozen layer with the same numbers, in `dtype`, in the place of every quantised linear layer.
+
+    For what writes to weights, as PEFT's merging does. Each layer's codes are released before the next is expanded.
+    """
+    for name in _names(model):
+        module = model.get_submodule(name)
+        if not isinstance(module, QuantizedLinear):
+            continue
+        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+        dense.bias = module.bias
+        replace_module(model, name, dense.train(module.training))
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Of every module: a list of the modules themselves would keep alive what is replaced on the way."""
+    return [name for name, _ in model.named_modules()]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

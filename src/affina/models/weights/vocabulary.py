@@ -58,6 +58,11 @@ class Int8Embedding(nn.Embedding):
         """Codes and scales; shares the module's memory."""
         return RowScaledWeight(self.weight.data, self.scale, self.like.dtype)
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the weight's tensors in the state dict, relative to the module."""
+        return "weight", "scale", "like"
+
     def forward(self, input: Tensor) -> Tensor:
         """[…] token ids → […, D] their rows."""
         return self.quantized.rows(input, self.like.dtype)
