@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,17 +336,18 @@ def _reference_row(base: PreTrainedModel, model: nn.Module, config: RunConfig, d
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     dropped = sum(int(layer.in_features) for layer in layers.values()) // max(shape.num_layers, 1)
     tokens = config.training.micro_batch_size * config.data.max_length
+    itemsize = compute_dtype_of(model).itemsize  # trained weights are float32 whatever the computation is in
     attention: Attention = "cpu"
     if device.type == "cuda":
         has_flash = torch.cuda.get_device_capability(device) >= OLDEST_FUSED_CAPABILITY
-        attention = "varlen" if has_flash and base.dtype.itemsize == 2 else "efficient"
+        attention = "varlen" if has_flash and itemsize == 2 else "efficient"
     return ReferenceRow(
         shape=shape,
         num_tokens=tokens,
         num_predicted=tokens,
-        itemsize=base.dtype.itemsize,
+        itemsize=itemsize,
         attention=attention,
-        ranks=_layer_ranks(layers, config.adapter.rank, shape.num_layers),
+        ranks=_layer_ranks(layers, shape.num_layers),
         num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         chunk_rows=default_chunk_rows(shape.vocabulary_size, device),
         dropped_inputs=dropped if config.adapter.dropout else 0,
@@ -354,12 +355,16 @@ def _reference_row(base: PreTrainedModel, model: nn.Module, config: RunConfig, d
     )
 
 
-def _layer_ranks(names: Iterable[str], rank: int, num_layers: int) -> LayerRanks:
-    """Ranks of a layer's adapters by common input; layers of other names count as part of the MLP."""
-    counts = Counter(name.rpartition(".")[2] for name in names)
+def _layer_ranks(layers: Mapping[str, LoraLayer], num_layers: int) -> LayerRanks:
+    """Ranks that one layer computes with, by common input: of both adapters of PiSSA, of AdaLoRA what it starts with.
+
+    layers: by their names; those of other names than a decoder's count as part of the MLP
+    """
+    ranks: Counter[str] = Counter()
+    for name, layer in layers.items():
+        ranks[name.rpartition(".")[2]] += sum(layer.r.values())
     qkv, output, down = (
-        sum(counts.pop(name, 0) for name in group)
+        sum(ranks.pop(name, 0) for name in group)
         for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("down_proj",))
     )
-    sums = (count * rank // max(num_layers, 1) for count in (qkv, output, counts.total(), down))
-    return LayerRanks(*sums)
+    return LayerRanks(*(total // max(num_layers, 1) for total in (qkv, output, ranks.total(), down)))
