@@ -396,6 +396,19 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
     assert affina.train(config).steps == 5, "it took no step: its name is free"
 
 
+def test_memory_that_runs_out_names_no_setting_that_the_method_refuses(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tiny_model_folder, chats_file, tmp_path, quantization__method="none")
+    config["adapter"] = "full"
+    monkeypatch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=0))
+    with pytest.raises(TrainingError, match="out-of-memory") as caught:
+        affina.train(config)
+    assert "max_length: 32" in str(caught.value.fix)
+    assert "nf4" not in str(caught.value.fix)
+    assert "lowest" not in str(caught.value.fix)
+
+
 # Data
 
 

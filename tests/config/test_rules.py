@@ -357,6 +357,43 @@ def test_what_a_method_cannot_do_is_an_error_with_the_nearest_that_works(section
     assert fix in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (
+            "full",
+            "what full fine-tuning saves are weights of a causal language model, which has no reward model's",
+        ),
+        ("freeze", "what last-layer tuning saves are weights of a causal language model, which has no reward model's"),
+        ("pissa", "PiSSA is a trained adapter beside a frozen one, and PEFT gives a head to one adapter alone"),
+        ("prompt", "affina has not verified that prompt tuning keeps a reward model's head"),
+        ("hra", "affina has not verified that hra of PEFT keeps a reward model's head"),
+    ],
+)
+def test_a_method_that_keeps_no_head_is_refused_for_a_reward_model(method: str, why: str) -> None:
+    with pytest.raises(AffinaError) as caught:
+        resolve(adapter=method, training={"objective": "reward"})
+    assert caught.value.code == "adapter-unsupported"
+    assert caught.value.what == f"adapter.method is {method} and training.objective is reward"
+    assert why in caught.value.why
+    assert caught.value.fix == "write `adapter: lora`, or an objective without a head, such as `objective: dpo`"
+    for remedied in ({"adapter": "lora", "training": {"objective": "reward"}},
+                     {"adapter": method, "training": {"objective": "dpo"}}):  # fmt: skip
+        resolve(**remedied)
+
+
+def test_full_fine_tuning_is_refused_where_the_vocabulary_is_kept_as_codes() -> None:
+    with pytest.raises(AffinaError) as caught:
+        resolve(adapter="full", engine={"memory": "lowest"})
+    assert caught.value.code == "adapter-unsupported"
+    assert caught.value.what == "adapter.method is full and engine.memory is lowest"
+    assert caught.value.why == "lowest keeps embedding and head in int8, whose codes cannot be trained"
+    assert caught.value.fix == "write `memory: auto`, or `adapter: lora`"
+    for remedied in ({"adapter": "full"}, {"adapter": "lora", "engine": {"memory": "lowest"}},
+                     {"adapter": "freeze", "engine": {"memory": "lowest"}}):  # fmt: skip
+        resolve(**remedied)
+
+
 def test_a_methods_own_defaults_are_derived_with_their_source() -> None:
     config = resolve(adapter="vera")
     assert config.config.adapter.rank == 256

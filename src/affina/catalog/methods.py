@@ -59,6 +59,7 @@ class AdapterMethod:
                           always is)
     fast_engine:          whether the fused decoder trains it
     keeps_head:           whether a reward model's head is trained beside it and saved in its file
+    trains_vocabulary:    whether embedding and head are among what it trains, and so cannot be kept as codes
     learning_rate_factor: a good first learning rate, over LoRA's on the same model
     count, count_file:    parameters that are trained, and that are in the file
     num_frozen:           what it holds besides, in parameters, not trained
@@ -85,6 +86,7 @@ class AdapterMethod:
     llama_cpp: Serving = "no"
     fast_engine: bool = False
     keeps_head: bool = True
+    trains_vocabulary: bool = False
     learning_rate_factor: float = 1.0
     count_file: Counter | None = None
     num_frozen: Counter | None = None
@@ -410,6 +412,7 @@ METHODS: Mapping[str, AdapterMethod] = {
             trains_on=DENSE_ONLY,
             learning_rate_factor=0.1,
             keeps_head=False,
+            trains_vocabulary=True,
             cost="16 bytes a parameter in place of the base's 2, and a copy of the base in main memory to compare with",
             count=count.all_weights,
         ),

@@ -290,12 +290,12 @@ def what_trains_instead(method: AdapterMethod, weight_format: str) -> str:
 
 @reads("adapter.method", "training.objective")
 def _reward_without_head(settings: Settings) -> ConfigError | None:
-    method = method_named(settings.config.adapter.method)
-    if settings.config.training.objective != "reward" or method.keeps_head:
+    method, objective = method_named(settings.config.adapter.method), settings.config.training.objective
+    if OBJECTIVES[objective].can_write or method.keeps_head:
         return None
     return ConfigError(
         "adapter-unsupported",
-        f"adapter.method is {method.name} and training.objective is reward",
+        f"adapter.method is {method.name} and training.objective is {objective}",
         why=why_no_head(method),
         fix=WHAT_KEEPS_A_HEAD,
         where=settings.where("adapter.method", "training.objective"),
@@ -316,12 +316,12 @@ WHAT_KEEPS_A_HEAD = "write `adapter: lora`, or an objective without a head, such
 
 @reads("adapter.method", "engine.memory")
 def _lowest_trains_vocabulary(settings: Settings) -> ConfigError | None:
-    config = settings.config
-    if config.adapter.method != "full" or config.engine.memory != "lowest":
+    method = method_named(settings.config.adapter.method)
+    if settings.config.engine.memory != "lowest" or not method.trains_vocabulary:
         return None
     return ConfigError(
         "adapter-unsupported",
-        "adapter.method is full and engine.memory is lowest",
+        f"adapter.method is {method.name} and engine.memory is lowest",
         why=WHY_NOT_LOWEST,
         fix=WHAT_TRAINS_AT_LOWEST,
         where=settings.where("engine.memory", "adapter.method"),

@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from affina.catalog.methods import method_named
+from affina.config.rules import FOUR_BIT_METHODS
 from affina.config.schema import RunConfig
 from affina.data.batches import BatchPlan, StreamState
 from affina.data.run_data import RunData
@@ -401,7 +403,7 @@ def _build_validator(
 
 
 def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
-    training = config.training
+    training, method = config.training, method_named(config.adapter.method)
     advice = []
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2
@@ -411,9 +413,9 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
         )
     if training.gradient_checkpointing is False:
         advice.append("training.gradient_checkpointing: true")
-    if config.quantization.method not in ("nf4", "fp4"):
+    if config.quantization.method not in FOUR_BIT_METHODS and "nf4" in method.trains_on:
         advice.append("quantization.method: nf4")
-    if config.engine.memory != "lowest":
+    if config.engine.memory != "lowest" and not method.trains_vocabulary:
         advice.append("engine.memory: lowest")
     advice.append(f"data.max_length: {config.data.max_length // 2}")
     return TrainingError(

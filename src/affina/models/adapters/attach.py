@@ -186,7 +186,7 @@ def _check_layers(
 
 def _refuse_trained_codes(entry: AdapterMethod, model: PreTrainedModel) -> None:
     """Refuse to train weights of the model where they are codes. An int8 vocabulary is beside the last layers."""
-    if entry.name == "full" and isinstance(model.get_input_embeddings(), Int8Embedding):
+    if entry.trains_vocabulary and isinstance(model.get_input_embeddings(), Int8Embedding):
         raise ModelError(
             "adapter-unsupported",
             f"{entry.title} cannot train an embedding and a head in int8",
