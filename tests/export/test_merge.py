@@ -129,7 +129,7 @@ def test_an_adapter_trained_with_an_int8_vocabulary_is_merged_into_the_original_
 @pytest.mark.parametrize(
     "options", [Nf4Options(), Fp4Options(), Int8Options(), Fp8Options()], ids=["nf4", "fp4", "int8", "fp8"]
 )
-@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "boft", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "boft"])
 def test_a_base_that_exists_only_quantised_is_expanded(base, tmp_path, method, options):
     # PEFT's own merge of the others writes to the weight of a layer; that of a quantised one is codes.
     quantized = load_causal_lm(str(base), dtype=torch.float32, device="cpu", weight_format=options)
