@@ -66,7 +66,8 @@ def check(engine: str, quantization: str, dropout: float, root: Path) -> dict[st
         "notes": [event.get("message", "") for event in events if event.get("kind") == "note"],
     }
     if (engine, quantization) == ("fast", "nf4"):
-        record["merge"] = affina.merge(whole.run, root / "merged").to_dict()
+        merged = affina.merge(whole.run, root / "merged").to_dict()
+        record["merge"] = {key: value for key, value in merged.items() if key not in ("output", "adapter")}
     record["seconds"] = time.perf_counter() - started
     return record
 

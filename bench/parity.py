@@ -5,6 +5,7 @@
 For every family × weight format × type × row layout: the error of the reference engine in 16 bits and that of the fast
 engine in 16 bits, both against the reference in float32 on the same (16-bit) weights. The fast engine is right when its
 error is not larger than the reference's own. Also: equal bits when a step is repeated, with and without CUDA graphs.
+Families and formats that are not named keep the records that the file has.
 """
 
 from __future__ import annotations
@@ -170,7 +171,9 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    records: list[dict[str, Any]] = []
+    wanted = {(name, weights) for name in arguments.families.split(",") for weights in arguments.weights.split(",")}
+    found = json.loads(arguments.output.read_text())["records"] if arguments.output.exists() else []
+    records = [record for record in found if (record["family"], record["format"]) not in wanted]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.families.split(","):
         for weights in arguments.weights.split(","):
