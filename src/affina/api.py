@@ -135,7 +135,7 @@ def methods(model: str | None = None) -> MethodTable:
 
     model: a folder, affina/nano, or a hub id whose sizes are known
 
-    Raises ModelError `shape-unknown`.
+    Raises ModelError `shape-unknown`, and those of a config.json that is missing, damaged or incomplete.
     """
     from affina.catalog.method_table import method_table
 

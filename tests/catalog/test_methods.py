@@ -11,7 +11,8 @@ from typing import get_args
 import pytest
 
 from affina.catalog.adapter_settings import AdapterSettings
-from affina.catalog.decoder_shape import decoder_shape, shape_of_model
+from affina.catalog.embedded import embedded_model_path
+from affina.catalog.known_models import shape_of_model
 from affina.catalog.method_table import method_reference, method_table
 from affina.catalog.methods import (
     FIELDS,
@@ -22,6 +23,8 @@ from affina.catalog.methods import (
     method_named,
     methods_that_train_on,
 )
+from affina.catalog.model_files import find_config
+from affina.catalog.shapes import read_shape
 from affina.config.schema import AdapterConfig
 from affina.errors import ModelError
 
@@ -129,28 +132,45 @@ def test_a_model_that_is_not_known_is_an_error_that_lists_the_known_ones(tmp_pat
         shape_of_model("someone/something")
     assert caught.value.code == "shape-unknown"
     assert "Qwen/Qwen3-4B" in caught.value.fix
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    sizes = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
     with pytest.raises(ModelError, match="is a gpt2 model, whose layers are not known"):
         shape_of_model(str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be read"):
-        shape_of_model(str(tmp_path))
-
-
-def test_a_config_in_the_hubs_cache_is_found(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "models--me--mine" / "snapshots" / "abc"
-    folder.mkdir(parents=True)
-    source = Path(shape_of_model.__code__.co_filename).parent / "assets" / "nano" / "config.json"
-    (folder / "config.json").write_text(source.read_text())
-    assert shape_of_model("me/mine") == shape_of_model("affina/nano")
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"model_type": "gpt2"}, {"model_type": "qwen3"}, {"model_type": "llama", "hidden_size": "x"}]
+    ("content", "code"),
+    [
+        (None, "model-not-found"),
+        ("{", "config-damaged"),
+        ('{"model_type": "qwen3"}', "config-incomplete"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "config-incomplete"),
+    ],
 )
-def test_a_config_that_does_not_say_its_sizes_has_no_shape(config):
-    assert decoder_shape(config) is None
+def test_a_config_that_is_missing_damaged_or_incomplete_is_told(tmp_path, content, code):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError) as caught:
+        shape_of_model(str(tmp_path))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_the_snapshot_that_a_plan_reads_is_the_one_that_is_counted(tmp_path, monkeypatch, variable):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    below = {"HF_HUB_CACHE": "", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}[variable]
+    cached = tmp_path / below / "models--me--mine"
+    nano = json.loads((embedded_model_path("affina/nano") / "config.json").read_text())
+    for commit, layers in (("abc", 2), ("fed", 4)):  # main is the first, by its name the second would be newer
+        folder = cached / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**nano, "num_hidden_layers": layers, "layer_types": None}))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert shape_of_model("me/mine").num_layers == 2
+    assert read_shape(find_config("me/mine")[0]) == shape_of_model("me/mine")
 
 
 def test_the_reference_page_is_up_to_date():

@@ -29,6 +29,7 @@ from affina.errors import ModelError
 from affina.kernels import four_bit
 from affina.kernels.code_tables import NF4
 from affina.models.families import read_decoder
+from affina.planning.setup import Adapter, StepSetup
 
 
 def count_on_meta(config: PretrainedConfig) -> int:
@@ -131,6 +132,30 @@ def test_any_small_config_is_counted_exactly(
     shape = read_shape(raw)
     assert shape.num_parameters == count_on_meta(config)
     assert shape.fused == read_decoder(config)
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_a_head_size_that_a_qwen3_config_leaves_out_is_that_of_its_class_whatever_its_rotation(rope: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    raw = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    scaling = {"rope_type": rope, "rope_theta": 1e4} | ({"factor": 2.0} if rope == "dynamic" else {})
+    shape = read_shape({**raw, "model_type": "qwen3", "rope_parameters": scaling})
+    assert isinstance(shape.fused, DecoderSpec) == (rope == "default")
+    assert (shape.head_dim, shape.is_exact) == (128, True)
+    assert shape.num_parameters == count_on_meta(Qwen3Config(**raw, rope_parameters=scaling))
+
+
+@pytest.mark.parametrize(
+    ("targets", "num_linears"),
+    [("all-linear", 7), (("all-linear",), 7), (("q_proj", "mlp.down_proj"), 2), ("o_proj", 1), (("proj",), 0)],
+)
+def test_targets_mean_the_same_layers_to_the_registry_and_to_the_plan(
+    targets: str | tuple[str, ...], num_linears: int
+) -> None:
+    shape = read_shape(find_config("Qwen/Qwen3-4B")[0])
+    setup = StepSetup(shape, Adapter(16, targets), "bf16", "none", 128, None)
+    assert len(shape.linears_named(targets)) == num_linears
+    assert sum(is_adapted for _, _, is_adapted in setup.linears) == num_linears * shape.num_layers
 
 
 def test_a_family_that_is_not_described_is_read_like_llama_and_says_so() -> None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from affina.catalog.decoder_shape import decoder_shape
 from affina.catalog.methods import METHODS
+from affina.catalog.shapes import read_shape
 from affina.errors import ExportError, ModelError
 from affina.export.merge import merge
 from affina.models.adapters import adapter_disabled, attach_adapter, load_adapter, read_adapter_info, save_adapter
@@ -85,7 +85,7 @@ def test_three_steps_change_what_is_trained_and_nothing_else(trained, method, we
 def test_the_registry_counts_what_is_trained_and_saved(base, trained, method, weight_format):
     whole, folder, _ = trained(method, weight_format)
     entry = METHODS[method]
-    shape = decoder_shape(load_base(base, "dense").config.to_dict())
+    shape = read_shape(load_base(base, "dense").config.to_dict())
     settings = entry.settings(**small_options(method))
     count = sum(parameter.numel() for parameter in whole.model.parameters() if parameter.requires_grad)
     assert count == entry.num_parameters(shape, settings)

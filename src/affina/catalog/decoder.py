@@ -73,19 +73,31 @@ class Family:
 
     window_by_flag: `sliding_window` counts only where `use_sliding_window` is set (Qwen); elsewhere it always counts
     always_qkv_bias: q, k and v have a bias whatever the config says (Qwen2)
-    num_kv_heads, sliding_window: transformers' defaults, which a config.json may leave out
+    reads_attention_bias, reads_mlp_bias: its layers have the bias that a config's attention_bias, mlp_bias asks for
+    num_kv_heads, head_dim, sliding_window: transformers' defaults, which a config.json may leave out
     """
 
     title: str
     has_qk_norm: bool
     window_by_flag: bool
     always_qkv_bias: bool = False
+    reads_attention_bias: bool = False
+    reads_mlp_bias: bool = False
     num_kv_heads: int | None = None
+    head_dim: int | None = None
     sliding_window: int | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3": Family("Qwen3", has_qk_norm=True, window_by_flag=True, num_kv_heads=32, sliding_window=4096),
+    "qwen3": Family(
+        "Qwen3",
+        has_qk_norm=True,
+        window_by_flag=True,
+        reads_attention_bias=True,
+        num_kv_heads=32,
+        head_dim=128,
+        sliding_window=4096,
+    ),
     "qwen2": Family(
         "Qwen2 and Qwen2.5",
         has_qk_norm=False,
@@ -94,7 +106,9 @@ FAMILIES: Mapping[str, Family] = {
         num_kv_heads=32,
         sliding_window=4096,
     ),
-    "llama": Family("Llama 2 and 3", has_qk_norm=False, window_by_flag=False),
+    "llama": Family(
+        "Llama 2 and 3", has_qk_norm=False, window_by_flag=False, reads_attention_bias=True, reads_mlp_bias=True
+    ),
     "mistral": Family("Mistral", has_qk_norm=False, window_by_flag=False, num_kv_heads=8, sliding_window=4096),
 }
 
@@ -124,7 +138,7 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderSpec | Unsupported:
     if rope_type not in _STATIC_ROPE:
         return Unsupported(f"the rotary embedding {rope_type} depends on the length of the row")
     num_heads = int(config["num_attention_heads"])
-    head_dim = config.get("head_dim") or _default_head_dim(config, model_type)
+    head_dim = head_dim_of(config)
     if head_dim % 8 or head_dim > 256:
         return Unsupported(f"heads of {head_dim} are not a multiple of 8 up to 256")
     num_layers = int(config["num_hidden_layers"])
@@ -135,7 +149,7 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderSpec | Unsupported:
         intermediate_size=int(config["intermediate_size"]),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads_of(config),
-        head_dim=int(head_dim),
+        head_dim=head_dim,
         vocabulary_size=int(config["vocab_size"]),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         has_qk_norm=family.has_qk_norm,
@@ -150,16 +164,17 @@ def num_kv_heads_of(config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or default or config["num_attention_heads"])
 
 
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """K; where a config.json leaves it out, what the family's class of transformers takes."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    default = family.head_dim if family is not None and "head_dim" not in config else None
+    return int(config.get("head_dim") or default or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+
+
 def rope_type_of(config: Mapping[str, Any]) -> str:
     """`default`, `yarn`, `llama3`, …"""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(parameters.get("rope_type", parameters.get("type", "default")))
-
-
-def _default_head_dim(config: Mapping[str, Any], model_type: str) -> int:
-    if model_type == "qwen3" and "head_dim" not in config:
-        return 128
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
 def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from affina.catalog.decoder_shape import DecoderShape, shape_of_model
+from affina.catalog.known_models import shape_of_model
 from affina.catalog.methods import METHODS, AdapterMethod, PeftName
+from affina.catalog.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def method_table(model: str | None = None) -> MethodTable:
     return MethodTable(model, shape.num_parameters if shape is not None else None, rows, get_args(PeftName))
 
 
-def _row(method: AdapterMethod, shape: DecoderShape | None) -> MethodRow:
+def _row(method: AdapterMethod, shape: ModelShape | None) -> MethodRow:
     settings = method.settings()
     values = {name: getattr(settings, name) for name in method.fields}
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

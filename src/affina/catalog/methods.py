@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from affina.catalog import method_parameters as count
 from affina.catalog.adapter_settings import AdapterSettings
-from affina.catalog.decoder_shape import DecoderShape
+from affina.catalog.shapes import ModelShape
 from affina.errors import ModelError
 
 MethodName = Literal[
@@ -35,7 +35,7 @@ needs another package (adamss) or other adapters (xlora, poly), and its other pr
 Merging = Literal["exact", "dequantised base", "no"]
 Serving = Literal["yes", "converted", "no"]
 Kind = Literal["low-rank", "rotation", "scaling", "virtual tokens", "bottleneck", "weights", "unverified"]
-Counter = Callable[[DecoderShape, AdapterSettings], int]
+Counter = Callable[[ModelShape, AdapterSettings], int]
 
 LOW_RANK_FIELDS = ("rank", "alpha", "dropout", "targets")
 EVERY_FORMAT = frozenset({"dense", "nf4", "fp4", "fp8", "int8"})
@@ -101,15 +101,15 @@ class AdapterMethod:
         """The method's settings: its defaults, changed by `values`."""
         return AdapterSettings(**{"method": self.name, **self.defaults, **values})
 
-    def num_parameters(self, shape: DecoderShape, settings: AdapterSettings) -> int:
+    def num_parameters(self, shape: ModelShape, settings: AdapterSettings) -> int:
         """Trained parameters."""
         return self.count(shape, settings)
 
-    def num_file_parameters(self, shape: DecoderShape, settings: AdapterSettings) -> int:
+    def num_file_parameters(self, shape: ModelShape, settings: AdapterSettings) -> int:
         """Parameters in the saved file, each a float32."""
         return (self.count_file or self.count)(shape, settings)
 
-    def training_bytes(self, shape: DecoderShape, settings: AdapterSettings) -> int:
+    def training_bytes(self, shape: ModelShape, settings: AdapterSettings) -> int:
         """Memory beside the base and its activations: float32 parameter, gradient and two moments, and what is
         frozen."""
         frozen = self.num_frozen(shape, settings) if self.num_frozen is not None else 0

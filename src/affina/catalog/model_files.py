@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from affina.catalog.embedded import embedded_model_path, is_embedded_name
+from affina.catalog.embedded import embedded_model_path
 from affina.errors import Location, ModelError
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
@@ -120,16 +120,21 @@ def find_config(path: str, *, revision: str | None = None) -> tuple[dict[str, An
 
     Raises ModelError: model-not-found, model-unreachable, model-gated, config-damaged.
     """
-    is_hub_id = not is_embedded_name(path) and not Path(path).expanduser().exists() and path.count("/") == 1
-    if is_hub_id:
-        known = _cached_folder(path, revision)
-        if known is not None:
-            return read_config(known), known
-        shipped = Path(str(files("affina.catalog").joinpath("assets", "configs", path.replace("/", "--"))))
-        if revision is None and shipped.is_dir():
-            return read_config(shipped), shipped
-    folder = resolve_model_folder(path, revision=revision, with_weights=False)
+    folder = local_config_folder(path, revision=revision)
+    if folder is None:
+        folder = resolve_model_folder(path, revision=revision, with_weights=False)
     return read_config(folder), folder
+
+
+def local_config_folder(path: str, *, revision: str | None = None) -> Path | None:
+    """Where `find_config` reads without a network; None: nothing of that name is on this machine."""
+    folder = embedded_model_path(path) or Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.count("/") != 1:
+        return None
+    shipped = Path(str(files("affina.catalog").joinpath("assets", "configs", path.replace("/", "--"))))
+    return _cached_folder(path, revision) or (shipped if revision is None and shipped.is_dir() else None)
 
 
 def _cached_folder(repository: str, revision: str | None) -> Path | None:

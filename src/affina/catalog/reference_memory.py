@@ -69,8 +69,7 @@ def kept_bytes_per_token(row: ReferenceRow) -> int:
     shape, n = row.shape, row.itemsize
     hidden, query, key_value = shape.hidden_size, shape.query_size, shape.key_value_size
     norms = 2 * 4 * hidden + 2 * 4
-    has_qk_norm = shape.norm_values > 2 * hidden
-    qk_norms = (4 * (query + key_value) + 4 * (shape.num_heads + shape.num_kv_heads)) if has_qk_norm else 0
+    qk_norms = (4 * (query + key_value) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.has_qk_norm else 0
     mlp = 3 * n * shape.intermediate_size
     return norms + qk_norms + mlp + _attention_bytes(row) + n * row.ranks.total + _adapter_inputs(row)
 

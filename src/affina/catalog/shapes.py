@@ -6,12 +6,20 @@ is exact for those that are one and says so (`is_exact`) where it cannot know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from affina.catalog.decoder import FAMILIES, DecoderSpec, Unsupported, num_kv_heads_of, read_decoder
+from affina.catalog.decoder import (
+    FAMILIES,
+    DecoderSpec,
+    Family,
+    Unsupported,
+    head_dim_of,
+    num_kv_heads_of,
+    read_decoder,
+)
 from affina.errors import Location, ModelError
 
 _ALIASES = {
@@ -22,17 +30,37 @@ _ALIASES = {
     "vocab_size": ("padded_vocab_size",),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LIKE_LLAMA = Family("", has_qk_norm=False, window_by_flag=False, reads_attention_bias=True)
+_LIKE_QWEN3 = Family("", has_qk_norm=True, window_by_flag=False, reads_attention_bias=True)
+
+Targets = str | Sequence[str]
+
+
+def matches(targets: Targets, name: str) -> bool:
+    """Whether a linear layer gets an adapter: "all-linear" means every one, other targets their name's last parts."""
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    return wanted == ("all-linear",) or any(name == target or name.endswith(f".{target}") for target in wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """One linear layer of a decoder layer. count: how many there are of it, for experts."""
+    """One linear layer of a decoder layer: y = x Wᵀ (+ b), W [out_features, in_features].
 
+    block: the module of the layer that it is in, as transformers calls it
+    count: how many there are of it, for experts
+    """
+
+    block: Literal["self_attn", "mlp"]
     name: str
     out_features: int
     in_features: int
     has_bias: bool = False
     count: int = 1
+
+    @property
+    def path(self) -> str:
+        """Its name inside of a decoder layer."""
+        return f"{self.block}.{self.name}"
 
     @property
     def num_weights(self) -> int:
@@ -48,7 +76,7 @@ class ModelShape:
     """A causal language model by its sizes.
 
     linears:      of one layer, in the order of the computation
-    norm_values:  of one layer, all its norms together
+    has_qk_norm:  queries and keys of every head are normalised
     ties:         the head is the embedding
     fused:        the decoder as the fast engine sees it, or why it does not
     is_exact:     whether the family is described; else a Llama-like decoder is assumed
@@ -66,7 +94,7 @@ class ModelShape:
     vocabulary_size: int
     ties: bool
     linears: tuple[LinearShape, ...]
-    norm_values: int
+    has_qk_norm: bool
     fused: DecoderSpec | Unsupported
     is_exact: bool
     stored_format: str | None = None
@@ -88,10 +116,19 @@ class ModelShape:
         return self.num_layers * sum(linear.num_weights for linear in self.linears)
 
     @property
+    def norm_values(self) -> int:
+        """Weights of one layer's norms."""
+        return 2 * self.hidden_size + (2 * self.head_dim if self.has_qk_norm else 0)
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Of one decoder layer."""
+        return sum(linear.num_parameters for linear in self.linears) + self.norm_values
+
+    @property
     def other_parameters(self) -> int:
         """Norms and biases."""
-        biases = sum(linear.num_parameters - linear.num_weights for linear in self.linears)
-        return self.num_layers * (self.norm_values + biases) + self.hidden_size
+        return self.num_layers * self.num_layer_parameters - self.linear_weights + self.hidden_size
 
     @property
     def num_parameters(self) -> int:
@@ -105,6 +142,10 @@ class ModelShape:
     @property
     def key_value_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def linears_named(self, targets: Targets) -> tuple[LinearShape, ...]:
+        """Of one layer, those that "all-linear" or last names such as q_proj mean."""
+        return tuple(linear for linear in self.linears if matches(targets, linear.path))
 
 
 def read_shape(config: Mapping[str, Any], *, where: Path | None = None) -> ModelShape:
@@ -120,25 +161,19 @@ def read_shape(config: Mapping[str, Any], *, where: Path | None = None) -> Model
     hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
     model_type = str(config.get("model_type", "unknown"))
     intermediate = _find(config, "intermediate_size") or 4 * hidden
-    kv_heads = num_kv_heads_of({**config, "num_attention_heads": heads})
     described = {**config, **sizes, "intermediate_size": intermediate}
-    fused = read_decoder(described)
-    if isinstance(fused, DecoderSpec):
-        head_dim = fused.head_dim
-    else:
-        head_dim = int(config.get("head_dim") or hidden // heads)
+    kv_heads, head_dim = num_kv_heads_of(described), head_dim_of(described)
     query, key_value = heads * head_dim, kv_heads * head_dim
-    family = FAMILIES.get(model_type)
-    attention_bias = bool(config.get("attention_bias", False)) and model_type not in ("qwen2", "mistral")
-    qkv_bias = attention_bias or (family is not None and family.always_qkv_bias)
-    mlp_bias = bool(config.get("mlp_bias", False)) and model_type == "llama"
+    family = FAMILIES.get(model_type) or (_LIKE_QWEN3 if model_type.startswith("qwen3") else _LIKE_LLAMA)
+    attention_bias = family.reads_attention_bias and bool(config.get("attention_bias", False))
+    qkv_bias = attention_bias or family.always_qkv_bias
+    mlp_bias = family.reads_mlp_bias and bool(config.get("mlp_bias", False))
     attention = (
-        LinearShape("q_proj", query, hidden, qkv_bias),
-        LinearShape("k_proj", key_value, hidden, qkv_bias),
-        LinearShape("v_proj", key_value, hidden, qkv_bias),
-        LinearShape("o_proj", hidden, query, attention_bias),
+        LinearShape("self_attn", "q_proj", query, hidden, qkv_bias),
+        LinearShape("self_attn", "k_proj", key_value, hidden, qkv_bias),
+        LinearShape("self_attn", "v_proj", key_value, hidden, qkv_bias),
+        LinearShape("self_attn", "o_proj", hidden, query, attention_bias),
     )
-    has_qk_norm = family.has_qk_norm if family is not None else model_type.startswith("qwen3")
     return ModelShape(
         model_type=model_type,
         num_layers=layers,
@@ -150,9 +185,9 @@ def read_shape(config: Mapping[str, Any], *, where: Path | None = None) -> Model
         vocabulary_size=sizes["vocab_size"],
         ties=bool(config.get("tie_word_embeddings", model_type.startswith("gemma"))),
         linears=(*attention, *_mlp(config, hidden, intermediate, mlp_bias)),
-        norm_values=2 * hidden + (2 * head_dim if has_qk_norm else 0),
-        fused=fused,
-        is_exact=family is not None,
+        has_qk_norm=family.has_qk_norm,
+        fused=read_decoder(described),
+        is_exact=model_type in FAMILIES,
         **_stored(config),
     )
 
@@ -164,9 +199,9 @@ def _mlp(config: Mapping[str, Any], hidden: int, intermediate: int, has_bias: bo
     else:
         width, count = int(config.get("moe_intermediate_size") or intermediate), experts
     return (
-        LinearShape("gate_proj", width, hidden, has_bias, count),
-        LinearShape("up_proj", width, hidden, has_bias, count),
-        LinearShape("down_proj", hidden, width, has_bias, count),
+        LinearShape("mlp", "gate_proj", width, hidden, has_bias, count),
+        LinearShape("mlp", "up_proj", width, hidden, has_bias, count),
+        LinearShape("mlp", "down_proj", hidden, width, has_bias, count),
     )
 
 

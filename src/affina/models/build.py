@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from affina.catalog.context import context_tokens
-from affina.catalog.decoder_shape import decoder_shape
 from affina.catalog.fused_choice import OPTIMIZER_BYTES, StepDemand
 from affina.catalog.gpus import OLDEST_FUSED_CAPABILITY
 from affina.catalog.methods import method_named
@@ -100,10 +99,13 @@ def check_before_data(config: RunConfig) -> None:
     context = context_tokens(raw_config)
     if context is not None and config.data.max_length > room_for_samples(config, context):
         raise longer_than_context(config, context)
-    shape = decoder_shape(raw_config)
-    if shape is not None:
+    try:
+        shape = read_shape(raw_config)
+    except ModelError:
+        return  # transformers has a default for what this config.json leaves out
+    if shape.is_exact:
         targets = shape.linears_named(config.adapter.targets)
-        sizes = {linear.name: (linear.num_outputs, linear.num_inputs) for linear in targets}
+        sizes = {linear.path: (linear.out_features, linear.in_features) for linear in targets}
         method = method_named(config.adapter.method)
         check_sizes(method, method.settings(**_adapter_options(config)), sizes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -12,13 +12,12 @@ from affina.catalog.fused_memory import FusedRow, Products, logits_chunk_rows
 from affina.catalog.gpus import Gpu
 from affina.catalog.reference_memory import Attention, ReferenceRow
 from affina.catalog.save_policy import LayerRanks
-from affina.catalog.shapes import LinearShape, ModelShape
+from affina.catalog.shapes import LinearShape, ModelShape, matches
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _ALIGNMENT = 64
 """Elements to which the fast engine's flat adapter rounds the place of every matrix."""
 ROW_MULTIPLE = 128
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -108,18 +107,9 @@ class StepSetup:
     def _linears(self) -> Iterator[tuple[LinearShape, str, bool]]:
         for index in range(self.shape.num_layers):
             for linear in self.shape.linears:
-                block = "self_attn" if linear.name in _ATTENTION else "mlp"
-                name = f"model.layers.{index}.{block}.{linear.name}"
+                name = f"model.layers.{index}.{linear.path}"
                 is_skipped = any(f".{skipped}." in f".{name}." for skipped in self.skipped)
-                yield linear, "none" if is_skipped else self.format, self._is_target(name)
-
-    def _is_target(self, name: str) -> bool:
-        targets: Sequence[str] = (
-            [self.adapter.targets] if isinstance(self.adapter.targets, str) else self.adapter.targets
-        )
-        return list(targets) == ["all-linear"] or any(
-            name == target or name.endswith(f".{target}") for target in targets
-        )
+                yield linear, "none" if is_skipped else self.format, matches(self.adapter.targets, name)
 
     @cached_property
     def num_trainable(self) -> int:
