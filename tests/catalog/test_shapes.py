@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoConfig,
@@ -22,12 +22,13 @@ from transformers import (
 
 from affina.catalog.decoder import DecoderSpec
 from affina.catalog.embedded import embedded_model_path
-from affina.catalog.formats import weight_tensors
+from affina.catalog.formats import FOUR_BIT_BLOCK, FOUR_BIT_NESTED_BLOCK, weight_tensors
 from affina.catalog.model_files import find_config
 from affina.catalog.shapes import read_shape
 from affina.errors import ModelError
 from affina.kernels import four_bit
 from affina.kernels.code_tables import NF4
+from affina.kernels.double_quantization import GROUP_SIZE
 from affina.models.families import read_decoder
 from affina.planning.setup import Adapter, StepSetup
 
@@ -185,8 +186,14 @@ def test_a_config_without_sizes_is_refused_with_the_missing_name() -> None:
     assert "whole config.json" in str(e.value)
 
 
+def test_blocks_are_as_large_as_the_codec_makes_them() -> None:
+    assert (FOUR_BIT_BLOCK, FOUR_BIT_NESTED_BLOCK) == (four_bit.BLOCK_SIZE, GROUP_SIZE)
+
+
 @pytest.mark.parametrize("double", [True, False])
 @given(rows=st.integers(1, 40), columns=st.integers(1, 90))
+@example(rows=257, columns=64)  # a block more than share a nested scale
+@example(rows=256, columns=64)
 @settings(max_examples=20, deadline=None)
 def test_the_bytes_of_nf4_are_those_that_the_codec_makes(double: bool, rows: int, columns: int) -> None:
     quantized = four_bit.quantize(torch.randn(rows, columns), NF4, double_quantization=double)

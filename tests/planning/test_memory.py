@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affina.catalog.decoder import DecoderSpec
 from affina.planning.coefficients import shipped_coefficients
 from affina.planning.memory import MemoryPlan, plan_memory, static_bytes
 from affina.planning.setup import StepSetup
 from affina.planning.time import plan_time
+from tests.catalog.footprint import lowest_footprint
 from tests.planning.setups import setup
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -137,9 +139,6 @@ def test_generation_counts_keys_and_values_of_the_whole_batch() -> None:
 
 
 def test_the_lowest_memory_is_that_of_its_own_arithmetic() -> None:
-    from affina.catalog.decoder import DecoderSpec
-    from affina.catalog.lowest_memory import lowest_footprint
-
     which = setup(format="nf4", is_lowest=True, recompute=True, num_predicted=2048)
     spec = which.shape.fused
     assert isinstance(spec, DecoderSpec)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from affina.catalog.formats import weight_bytes
 from affina.catalog.gpus import Gpu
 from affina.catalog.save_policy import Keep
 from affina.planning.coefficients import Coefficients
@@ -136,9 +137,18 @@ def _bytes_moved(setup: StepSetup) -> float:
     return (rows + adapters) * shape.num_layers
 
 
-def _expansion_bytes(setup: StepSetup) -> float:
+def _expansion_bytes(setup: StepSetup) -> int:
     """Read and written when every quantised weight is expanded once."""
-    if setup.format == "none":
-        return 0.0
-    stored = {"nf4": 0.52, "fp4": 0.52, "int8": 1.0, "fp8": 1.0}[setup.format]
-    return setup.shape.linear_weights * (stored + setup.itemsize)
+    return sum(
+        weight_bytes(
+            format,
+            linear.out_features,
+            linear.in_features,
+            itemsize=setup.itemsize,
+            double_quantization=setup.double_quantization,
+        )
+        * linear.count
+        + linear.num_weights * setup.itemsize
+        for linear, format, _ in setup.linears
+        if format != "none"
+    )

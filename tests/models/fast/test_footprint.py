@@ -12,13 +12,13 @@ import torch
 from affina.catalog.lowest_memory import (
     bytes_at_work,
     bytes_per_token,
-    lowest_footprint,
     num_head_groups,
     tokens_per_part,
 )
 from affina.catalog.save_policy import Keep, LayerRanks
 from affina.models.families import DecoderSpec
 from affina.models.fast import fast_engine_of
+from tests.catalog.footprint import lowest_footprint
 from tests.models.fast.allocations import AllocationTracker
 from tests.models.fast.families import adapted_model, attach
 from tests.models.tiny import batch_of, qwen3_config

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from affina.catalog.formats import weight_tensors
 from affina.kernels import four_bit
 from affina.kernels.code_tables import FP4 as FP4_TABLE
 from affina.kernels.code_tables import NF4 as NF4_TABLE
 from affina.kernels.code_tables import CodeTable
-from affina.kernels.double_quantization import GROUP_SIZE
-from affina.kernels.four_bit import BLOCK_SIZE, TENSOR_SUFFIXES, FourBitTensor
+from affina.kernels.four_bit import TENSOR_SUFFIXES, FourBitTensor
 from affina.models.weights.quantized import QuantizedFormat, QuantizedLinear, SkippedModules
 
 
@@ -133,8 +133,7 @@ class FourBitOptions(SkippedModules):
 
     def num_bytes(self, rows: int, columns: int) -> int:
         """Bytes of codes and scales of a weight [rows, columns]."""
-        codes, blocks = -(-rows * columns // 2), -(-rows * columns // BLOCK_SIZE)
-        return codes + (blocks + 4 * (-(-blocks // GROUP_SIZE)) + 4 if self.double_quantization else 4 * blocks)
+        return sum(weight_tensors(self.name, rows, columns, double_quantization=self.double_quantization))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

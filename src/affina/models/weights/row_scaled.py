@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from affina.catalog.formats import weight_tensors
 from affina.errors import ModelError
 from affina.models.weights.quantized import QuantizedLinear, SkippedModules
 
@@ -163,9 +164,11 @@ class RowScaledLinear(QuantizedLinear):
 class RowScaledOptions(SkippedModules):
     """The part that the options of formats with one byte per weight share."""
 
+    name: ClassVar[str]
+
     def num_bytes(self, rows: int, columns: int) -> int:
         """Bytes of codes and scales of a weight [rows, columns]."""
-        return rows * columns + 4 * rows
+        return sum(weight_tensors(self.name, rows, columns))
 
 
 def quantize_weight(
