@@ -1,4 +1,4 @@
-"""What `engine.memory: lowest` takes of a device, added up on one page: the oracle of the plan and of the documentation."""
+"""What `engine.memory: lowest` takes of a device, added up on one page: the oracle of plan and documentation."""
 
 from __future__ import annotations
 

@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from affina.catalog.decoder import DecoderSpec
+from affina.catalog.gpus import gpus
+from affina.catalog.save_policy import Keep, SavePolicy
 from affina.planning.coefficients import shipped_coefficients
-from affina.planning.memory import MemoryPlan, plan_memory, static_bytes
-from affina.planning.setup import StepSetup
+from affina.planning.generation import generation_bytes, replies_at_once
+from affina.planning.host_memory import PROCESS_BYTES, offloaded_bytes
+from affina.planning.memory import MemoryPlan, plan_memory
+from affina.planning.setup import StepSetup, fused_row
+from affina.planning.static_memory import static_bytes
 from affina.planning.time import plan_time
 from tests.catalog.footprint import lowest_footprint
 from tests.planning.setups import setup
@@ -145,3 +150,90 @@ def test_the_lowest_memory_is_that_of_its_own_arithmetic() -> None:
     counted = lowest_footprint(spec, num_tokens=2048, rank=16, is_tied=True).total
     # The plan counts a second workspace of the matrix library.
     assert plan(which).allocated_bytes == pytest.approx(counted + (32 << 20), rel=0.005)
+
+
+# Which stage decides
+
+
+def test_on_a_small_card_replies_are_halved_until_they_fit_and_the_verdict_is_that_of_all_stages() -> None:
+    roomy = plan(setup("h200", format="nf4", generation=(16, 2304)))
+    small = plan(setup("rtx3060", format="nf4", generation=(16, 2304)))
+    assert (roomy.num_replies, roomy.wanted_replies) == (16, 16)
+    assert (small.num_replies, small.wanted_replies) == (4, 16)
+    assert small.capacity_bytes is not None
+    assert small.generation_bytes <= small.capacity_bytes < roomy.generation_bytes
+    assert small.peak_bytes == max(small.total_bytes, small.generation_bytes)
+    assert small.fits
+
+
+def test_a_run_of_which_not_one_reply_fits_does_not_fit() -> None:
+    found = plan(setup("rtx3060", format="nf4", generation=(16, 40_960)))
+    assert found.capacity_bytes is not None
+    assert found.num_replies == 1
+    assert found.total_bytes < found.capacity_bytes < found.generation_bytes == found.peak_bytes
+    assert not found.fits
+
+
+def test_replies_are_halved_as_generation_does_it() -> None:
+    which = setup("rtx3060", format="nf4", generation=(5, 4096))
+    assert [replies_at_once(which, generation_bytes(which, count)) for count in (5, 4, 3, 2, 1)] == [5, 3, 3, 2, 1]
+    assert replies_at_once(which, 0) == 1
+    assert replies_at_once(which, None) == 5
+    # A CPU does not run out of memory in a way that could be answered.
+    assert replies_at_once(which.with_(gpu=None), 0) == 5
+
+
+def test_a_limit_of_tensors_and_what_stays_free_of_it_both_have_the_context() -> None:
+    found = plan(setup("h100", rows=8, memory_bytes=12 << 30))
+    assert found.capacity_bytes == (12 << 30) + shipped_coefficients().context_bytes
+    assert found.fits == (found.capacity_bytes >= found.peak_bytes)
+    # More than the card has is what the card has.
+    assert plan(setup("t4", memory_bytes=99 << 30)).capacity_bytes == gpus()["t4"].memory_bytes
+
+
+def test_validation_counts_where_it_needs_more_than_training() -> None:
+    # One supervised token: training computes one row of logits, a validation row beside a captured one its layers.
+    found = plan(setup("rtx3060", validates=True, num_predicted=1))
+    assert found.peak_bytes == found.validation_bytes > found.total_bytes
+    assert plan(setup("rtx3060", validates=False, num_predicted=1)).peak_bytes < found.peak_bytes
+
+
+# Main memory
+
+
+@pytest.mark.parametrize("keep", [Keep.PARTS, Keep.OFFLOADED])
+def test_what_waits_on_the_host_is_pinned_in_blocks_of_powers_of_two(keep: Keep) -> None:
+    row, policy = fused_row(setup(length=32_768)), SavePolicy.uniform(36, keep)
+    # 32,768 tokens of 2,560 numbers are 160 MiB and take 256; of 32 heads of 128, 256; their log-sum-exp, 4.
+    assert offloaded_bytes(row, policy) == 36 * (256 + 256 + 4) * 2**20
+    # Rows of short documents compute attention again.
+    assert offloaded_bytes(fused_row(setup(length=32_768, lengths=(1024,) * 32)), policy) == 36 * 256 * 2**20
+    assert offloaded_bytes(row, SavePolicy.uniform(36, Keep.ATTENTION)) == 0
+
+
+def test_what_waits_on_the_host_is_in_the_plan() -> None:
+    which = setup(length=32_768, format="nf4", memory_bytes=6 << 30)
+    found = plan(which)
+    assert found.choice is not None
+    assert found.host_bytes == PROCESS_BYTES + offloaded_bytes(fused_row(which), found.choice.policy) > 12 << 30
+
+
+def test_an_adapter_on_the_host_is_counted_there_with_its_gradients_and_moments() -> None:
+    which = setup(format="nf4", is_lowest=True, recompute=True, rank=128)
+    adapter = which.flat_parameters * 4
+    block = 1 << (adapter - 1).bit_length()
+    inputs = 36 * 16 * 2**20  # 2,048 tokens of 2,560 numbers, 10 MiB, in blocks of 16
+    assert plan(which).host_bytes == PROCESS_BYTES + inputs + 2 * block + 2 * adapter
+    assert plan(which.with_(micro_batches=2)).host_bytes == PROCESS_BYTES + inputs + 3 * block + 2 * adapter
+
+
+def test_on_a_cpu_everything_is_in_main_memory() -> None:
+    found = plan(setup(None, precision="fp32", rows=8))
+    assert found.host_bytes == PROCESS_BYTES + found.peak_bytes
+    small = plan(setup(None, precision="fp32", length=128))
+    weights = sum(static_bytes(setup(None, precision="fp32")).values())
+    assert small.host_bytes == PROCESS_BYTES + weights + 2 * 4 * 388_956_160  # while the embedding is read
+
+
+def test_on_a_card_main_memory_is_what_loading_takes() -> None:
+    assert plan(setup("h200")).host_bytes == PROCESS_BYTES + 2 * 4 * 388_956_160

@@ -95,7 +95,9 @@ class FusedRow:
 
     def num_attention_on_host(self, policy: SavePolicy) -> int:
         """Layers, the first ones, whose attention's output goes to the host; as if the host had room for all."""
-        return policy.num_without_attention if self.on_gpu and self.longest >= LONG_DOCUMENT else 0
+        # In parts, an output on its way is most of what a layer holds beside its own.
+        shortest = 2 * LONG_DOCUMENT if Keep.PARTS in policy.layers else LONG_DOCUMENT
+        return policy.num_without_attention if self.on_gpu and self.longest >= shortest else 0
 
     @property
     def folds(self) -> bool:

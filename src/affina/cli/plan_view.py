@@ -108,8 +108,18 @@ def _stages(card: CardPlan) -> str:
     if memory.validation_bytes:
         parts.append(f"validation {memory.validation_bytes / _GIB:.2f}")
     if memory.generation_bytes:
-        parts.append(f"generating replies {memory.generation_bytes / _GIB:.2f}")
+        wanted = f" ({memory.num_replies} at once instead of {memory.wanted_replies})"
+        fewer = wanted if memory.num_replies < memory.wanted_replies else ""
+        parts.append(f"generating replies {memory.generation_bytes / _GIB:.2f}{fewer}")
     return "; ".join(parts)
+
+
+def _busiest(card: CardPlan) -> str:
+    """When most is needed, if that is not while training."""
+    memory = card.memory
+    if memory.peak_bytes == memory.total_bytes:
+        return ""
+    return " while replies are generated" if memory.peak_bytes == memory.generation_bytes else " while validating"
 
 
 def _duration(card: CardPlan) -> str:
@@ -126,10 +136,10 @@ def _print_verdict(console: Console, card: CardPlan) -> None:
     if card.memory.capacity_bytes is None:
         return
     if card.fits:
-        free = card.memory.capacity_bytes - card.memory.total_bytes
-        console.print(f"fits     {free / _GIB:.1f} GiB stay free", style="green")
+        free = card.memory.capacity_bytes - card.memory.peak_bytes
+        console.print(f"fits     {free / _GIB:.1f} GiB stay free{_busiest(card)}", style="green")
         return
-    console.print("does not fit", style="bold red")
+    console.print(f"does not fit: {_gib(card.memory.peak_bytes)} are needed{_busiest(card)}", style="bold red")
     if card.changes:
         console.print("it fits with", style="bold")
         for change in card.changes:
@@ -147,7 +157,7 @@ def _print_table(console: Console, plan: Plan) -> None:
         table.add_row(
             card.name,
             f"{memory.capacity_bytes / _GIB:.1f}" if memory.capacity_bytes is not None else "–",
-            f"{memory.total_bytes / _GIB:.1f}",
+            f"{memory.peak_bytes / _GIB:.1f}",
             Text(_verdict(card), style="green" if card.fits else "yellow" if card.changes else "red"),
             format_seconds(card.seconds) if card.seconds is not None and usable else "–",
             f"{cost.usd:.2f}" if cost is not None and usable else "–",

@@ -99,7 +99,7 @@ def _refusal(
         settings = ", ".join(f"{change.path}: {change.value}" for change in changes)
         fix = f"write {settings}: then it needs {(needed_bytes or 0) / _GIB:.2f} GiB"
     else:
-        larger = [card for card in gpus().values() if card.memory_bytes > memory.total_bytes]
+        larger = [card for card in gpus().values() if card.memory_bytes > memory.peak_bytes]
         fix = f"the smallest card that holds it: {larger[0].title}" if larger else "take a smaller model"
         if isinstance(config.engine.memory, float):
             fix = f"raise engine.memory; {fix}"

@@ -95,6 +95,9 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
         for rest in (base, *((*base, *change) for change in smaller), (*least, *optimizer)):
             yield (format, *rest)
         least = (format, *least)
+    for fewer in _fewer_replies(config):
+        yield (*base, fewer)
+        yield (*least, *optimizer, fewer)
     length = config.data.max_length
     while length > _SHORTEST_LENGTH:
         length //= 2
@@ -126,6 +129,14 @@ def _smaller_micro_batches(config: RunConfig) -> Iterator[tuple[Change, Change]]
             Change("training.micro_batch_size", micro, f"{micro} instead of {training.micro_batch_size} rows at once"),
             Change("training.gradient_accumulation_steps", rows // micro, f"keeps the effective batch of {rows} rows"),
         )
+
+
+def _fewer_replies(config: RunConfig) -> Iterator[Change]:
+    """What training does not feel; a card halves the batch of replies by itself, down to one."""
+    if config.evaluation.batch_size > 1:
+        yield Change("evaluation.batch_size", 1, "one reply at a time: the comparison takes longer")
+    if config.evaluation.max_generations:
+        yield Change("evaluation.max_generations", 0, "not one reply fits: the comparison is of perplexity alone")
 
 
 def _smaller_optimizer(config: RunConfig) -> Iterator[Change]:

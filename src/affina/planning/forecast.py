@@ -54,6 +54,7 @@ class Forecast:
                 "reasons": list(self.fit.reasons),
                 "keeps": self.fit.memory.keeps,
                 "total_bytes": self.fit.memory.total_bytes,
+                "peak_bytes": self.fit.memory.peak_bytes,
             }
         if self.trace is not None:
             values["trace"] = asdict(self.trace)
@@ -176,7 +177,7 @@ def _fit(config: RunConfig, card: Gpu, gib: float, workload: Workload | None, *,
 
 def nothing_fits(config: RunConfig, shape: Any, card: Gpu, workload: Workload, gib: float) -> ConfigError:
     """The error for a memory in which no settings run, with the smallest change that would."""
-    needed = memory_of(config, shape, card, workload).total_bytes / 2**30
+    needed = memory_of(config, shape, card, workload).peak_bytes / 2**30
     quantized = smallest_changes(config, shape, card, workload, may_quantize=True)
     if quantized:
         way = ", ".join(f"{change.path}={change.value}" for change in quantized)

@@ -8,12 +8,9 @@ and the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from affina.catalog.decoder import DecoderSpec
-from affina.catalog.formats import weight_bytes
 from affina.catalog.fused_choice import (
-    OPTIMIZER_BYTES,
     RESERVE_SHARE,
     WORKSPACE_BYTES,
     StepChoice,
@@ -30,7 +27,10 @@ from affina.catalog.reference_memory import (
 )
 from affina.catalog.save_policy import Keep, SavePolicy
 from affina.planning.coefficients import Coefficients
+from affina.planning.generation import generation_bytes, replies_at_once
+from affina.planning.host_memory import PROCESS_BYTES, host_adapter_bytes, loading_bytes, offloaded_bytes
 from affina.planning.setup import StepSetup, fused_row, reference_row
+from affina.planning.static_memory import adapter_on_host, optimizer_bytes, static_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,13 @@ class MemoryPlan:
     reserved_bytes:  what PyTorch takes from the device for it, captured rows and fragmentation included
     total_bytes:     with the CUDA context: what nvidia-smi shows
     validation_bytes, generation_bytes: the same for these stages, weights and context included
+    wanted_replies: that the evaluation generates at once; num_replies: the same, halved until they fit
+    peak_bytes:  of the stage that needs most
+    host_bytes:  of main memory, the process itself included; on a CPU everything is there
     engine, engine_reason: which one, and why not the fast one where it is not
     keeps:       what layers keep for the backward pass, in words
-    capacity_bytes: of the device for this process, None: unknown
-    fits:        total and validation stay below it
+    capacity_bytes: of the device for this process with its context, None: unknown
+    fits:        the peak stays below it
     """
 
     components: tuple[Component, ...]
@@ -63,6 +66,10 @@ class MemoryPlan:
     total_bytes: int
     validation_bytes: int
     generation_bytes: int
+    wanted_replies: int
+    num_replies: int
+    peak_bytes: int
+    host_bytes: int
     engine: str
     engine_reason: str | None
     keeps: str
@@ -70,111 +77,6 @@ class MemoryPlan:
     recomputes: bool
     capacity_bytes: int | None
     fits: bool
-
-
-def static_bytes(setup: StepSetup) -> dict[str, int]:
-    """Weights and adapter by component, as both engines hold them."""
-    return _static_bytes(_StaticKey(setup))
-
-
-class _StaticKey:
-    """The part of a setup that weights depend on; plans of one run differ in the rest."""
-
-    def __init__(self, setup: StepSetup) -> None:
-        self.setup = setup
-        self._values = (
-            setup.shape,
-            setup.adapter,
-            setup.precision,
-            setup.format,
-            setup.double_quantization,
-            setup.skipped,
-            setup.gpu,
-            setup.engine,
-            setup.is_lowest,
-            setup.optimizer,
-        )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _StaticKey) and self._values == other._values
-
-    def __hash__(self) -> int:
-        return hash(self._values)
-
-
-@lru_cache(maxsize=64)
-def _static_bytes(key: _StaticKey) -> dict[str, int]:
-    setup = key.setup
-    shape, n = setup.shape, setup.itemsize
-    linears = sum(
-        weight_bytes(
-            format, linear.out_features, linear.in_features, itemsize=n, double_quantization=setup.double_quantization
-        )
-        * linear.count
-        for linear, format, _ in setup.linears
-    )
-    embedding = (shape.embedding_parameters + shape.head_parameters) * n
-    if setup.is_lowest:  # a byte a number, and a float32 scale for each entry
-        embedding = shape.vocabulary_size * (shape.hidden_size + 4) * (1 if shape.ties else 2)
-    parts = {
-        "linear": linears,
-        "embedding": embedding,
-        "other": shape.other_parameters * n,
-        "adapter": setup.num_trainable * 4,
-        "expansion": 0,
-    }
-    if isinstance(setup.fused, DecoderSpec):
-        parts["adapter"] = allocated(setup.flat_parameters, 4) + (allocated(setup.flat_parameters, n) if n == 2 else 0)
-        parts["expansion"] = _room_for_low_rank(setup) if setup.products == "dense" else _workspace(setup)
-        if adapter_on_host(setup):
-            # One layer's gradients in float32, its matrices as they arrive, and two places for them in 16 bits.
-            parts["adapter"] = setup.flat_parameters // shape.num_layers * (8 + 2 * n)
-    return parts
-
-
-def adapter_on_host(setup: StepSetup) -> bool:
-    """Whether the adapter, its gradients and the optimiser's state are in main memory."""
-    return setup.is_lowest and _has_flat_state(setup) and setup.gpu is not None
-
-
-def _has_flat_state(setup: StepSetup) -> bool:
-    return isinstance(setup.fused, DecoderSpec) and setup.optimizer == "adamw" and not setup.has_two_rates
-
-
-def _room_for_low_rank(setup: StepSetup) -> int:
-    """Rows below dense weights where the adapter's share of the input gradient is written."""
-    if setup.itemsize == 4:
-        return _workspace(setup)  # W + s B A, merged once per use
-    ranks, shape = setup.ranks, setup.shape
-    per_layer = (ranks.qkv + ranks.gate_up) * shape.hidden_size + ranks.output * shape.query_size
-    return (per_layer + ranks.down * shape.intermediate_size) * setup.itemsize * shape.num_layers
-
-
-def _workspace(setup: StepSetup) -> int:
-    """One expanded weight at a time, as large as the largest group with a common input."""
-    if setup.products == "fp8":
-        return 0
-    shape, ranks = setup.shape, setup.ranks
-    if setup.is_lowest:  # one weight at a time
-        rank = setup.adapter.rank if setup.itemsize == 2 else 0
-        largest = max((linear.out_features + rank) * linear.in_features for linear in shape.linears)
-        return allocated(largest, setup.itemsize)
-    extra = (lambda rank: rank) if setup.itemsize == 2 else (lambda rank: 0)
-    sizes = (
-        (shape.query_size + 2 * shape.key_value_size + extra(ranks.qkv)) * shape.hidden_size,
-        (shape.hidden_size + extra(ranks.output)) * shape.query_size,
-        (2 * shape.intermediate_size + extra(ranks.gate_up)) * shape.hidden_size,
-        (shape.hidden_size + extra(ranks.down)) * shape.intermediate_size,
-    )
-    return allocated(max(sizes), setup.itemsize)
-
-
-def optimizer_bytes(setup: StepSetup) -> int:
-    """Of the optimiser's state."""
-    if adapter_on_host(setup):
-        return 0
-    num_values = setup.flat_parameters if _has_flat_state(setup) else setup.num_trainable
-    return int(OPTIMIZER_BYTES[setup.optimizer] * num_values)
 
 
 def plan_memory(setup: StepSetup, coefficients: Coefficients) -> MemoryPlan:
@@ -185,20 +87,24 @@ def plan_memory(setup: StepSetup, coefficients: Coefficients) -> MemoryPlan:
     return _reference_plan(setup, static, coefficients)
 
 
-def capacity_bytes(setup: StepSetup) -> int | None:
-    """Of the device for this process, context included; None: a CPU without a limit."""
-    capacity = setup.gpu.memory_bytes if setup.gpu is not None else None
+def capacity_bytes(setup: StepSetup, coefficients: Coefficients) -> int | None:
+    """Of the device for this process, context included, which `engine.memory` does not count; None: a CPU without a
+    limit. Below a limit other programs are taken to have the rest."""
+    if setup.gpu is None:
+        return setup.memory_bytes
     if setup.memory_bytes is None:
-        return capacity
-    return setup.memory_bytes if capacity is None else min(capacity, setup.memory_bytes)
+        return setup.gpu.memory_bytes
+    return min(setup.gpu.memory_bytes, setup.memory_bytes + coefficients.context_bytes)
 
 
 def tensor_budget_bytes(setup: StepSetup, coefficients: Coefficients) -> int | None:
-    """What tensors may take: `engine.memory` counts tensors, a card's capacity has the context in it."""
-    capacity = setup.gpu.memory_bytes - coefficients.context_bytes if setup.gpu is not None else None
-    if setup.memory_bytes is None:
-        return capacity
-    return setup.memory_bytes if capacity is None else min(capacity, setup.memory_bytes)
+    """What tensors may take."""
+    capacity = capacity_bytes(setup, coefficients)
+    return capacity - _context_bytes(setup, coefficients) if capacity is not None else None
+
+
+def _context_bytes(setup: StepSetup, coefficients: Coefficients) -> int:
+    return coefficients.context_bytes if setup.gpu is not None else 0
 
 
 def _fused_plan(setup: StepSetup, static: dict[str, int], coefficients: Coefficients) -> MemoryPlan:
@@ -236,7 +142,12 @@ def _fused_plan(setup: StepSetup, static: dict[str, int], coefficients: Coeffici
     head = min(working, step.peaks.head - step.peaks.resident if choice.is_captured else 0)
     evaluation = step.peaks.forward if in_parts else evaluation_peak(row)
     evaluation += step.peaks.captured + gradient if choice.is_captured else 0
-    generation = generation_bytes(setup) + (step.peaks.captured if choice.is_captured else 0)
+    # Evaluation computes with PEFT's matrices; captured rows keep their memory until the process ends.
+    generation = step.peaks.captured if choice.is_captured else 0
+    host = offloaded_bytes(row, choice.policy)
+    if adapter_on_host(setup):
+        generation += setup.num_trainable * 4 - static["adapter"]
+        host += host_adapter_bytes(setup)
     parts = [
         Component("gradients", gradient, "float32, of the adapter"),
         Component("optimiser", optimizer, setup.optimizer),
@@ -254,6 +165,7 @@ def _fused_plan(setup: StepSetup, static: dict[str, int], coefficients: Coeffici
         needed_step=step.needed,
         evaluation=evaluation + optimizer + workspaces,
         generation=generation + workspaces,
+        host=host,
         slack=coefficients.slack_fast,
         engine="fast",
         reason=None,
@@ -296,7 +208,8 @@ def _reference_plan(setup: StepSetup, static: dict[str, int], coefficients: Coef
         allocated_step=step,
         needed_step=step,
         evaluation=reference_evaluation_bytes(row) + demand.optimizer_bytes + workspaces,
-        generation=generation_bytes(setup) + workspaces,
+        generation=workspaces,
+        host=0,
         slack=coefficients.slack_reference,
         engine="reference",
         reason=str(setup.fused),
@@ -339,6 +252,7 @@ def _assemble(
     needed_step: int,
     evaluation: int,
     generation: int,
+    host: int,
     slack: float,
     engine: str,
     reason: str | None,
@@ -346,9 +260,10 @@ def _assemble(
     choice: StepChoice | None,
     recomputes: bool,
 ) -> MemoryPlan:
+    """generation, host: what is there on the device beside weights and replies, and on the host beside the process"""
     on_gpu = setup.gpu is not None
     fixed = sum(static.values())
-    context = coefficients.context_bytes if on_gpu else 0
+    context = _context_bytes(setup, coefficients)
     needed = fixed + needed_step
     slack = slack + coefficients.memory_factor - 1 if on_gpu else 0.0
     slack_bytes = int(needed * slack)
@@ -366,33 +281,37 @@ def _assemble(
         Component("allocator slack", slack_bytes, "rounding and fragmentation"),
     ]  # fmt: skip
     total = needed + slack_bytes + context
-    capacity = capacity_bytes(setup)
-    validation = fixed + evaluation + int((fixed + evaluation) * slack) + context
-    budget = tensor_budget_bytes(setup, coefficients)
-    fits = budget is None or max(total, validation if setup.validates else 0) - context <= budget
+    capacity = capacity_bytes(setup, coefficients)
+    validation = fixed + evaluation + int((fixed + evaluation) * slack) + context if setup.validates else 0
+    num_replies, replies = _replies(setup, fixed + generation, slack, capacity - context if capacity else None)
+    peak = max(total, validation, replies + context)
+    in_loading = loading_bytes(setup) + (0 if on_gpu else fixed)
     return MemoryPlan(
         components=tuple(component for component in components if component.num_bytes),
         allocated_bytes=fixed + allocated_step,
         reserved_bytes=needed + slack_bytes,
         total_bytes=total,
-        validation_bytes=validation if setup.validates else 0,
-        generation_bytes=fixed + generation + context,
+        validation_bytes=validation,
+        generation_bytes=replies + context if num_replies else 0,
+        wanted_replies=setup.generation[0],
+        num_replies=num_replies,
+        peak_bytes=peak,
+        host_bytes=PROCESS_BYTES + max(in_loading, host if on_gpu else peak),
         engine=engine,
         engine_reason=reason,
         keeps=keeps,
         choice=choice,
         recomputes=recomputes,
         capacity_bytes=capacity,
-        fits=fits,
+        fits=capacity is None or peak <= capacity,
     )
 
 
-def generation_bytes(setup: StepSetup) -> int:
-    """Keys and values of a batch of replies, and the logits of one token each; see `StepSetup.generation`."""
-    sequences, tokens = setup.generation
-    if not sequences:
-        return 0
-    shape, n = setup.shape, setup.itemsize
-    cache = sequences * tokens * 2 * shape.key_value_size * shape.num_layers * n
-    prompt = sequences * tokens * (3 * shape.hidden_size + 3 * shape.intermediate_size) * n
-    return cache + prompt + sequences * shape.vocabulary_size * (n + 4)
+def _replies(setup: StepSetup, beside: int, slack: float, budget: int | None) -> tuple[int, int]:
+    """How many replies at once, and the bytes of generating them with what is there beside them."""
+    if not setup.generation[0]:
+        return 0, 0
+    free = int(budget / (1 + slack)) - beside if budget is not None else None
+    count = replies_at_once(setup, free)
+    needed = beside + generation_bytes(setup, count)
+    return count, needed + int(needed * slack)

@@ -10,7 +10,6 @@ from typing import Any
 from affina.catalog.formats import WEIGHT_FORMATS
 from affina.catalog.gpus import Gpu
 from affina.catalog.prices import Price
-from affina.catalog.save_policy import Keep
 from affina.catalog.shapes import ModelShape
 from affina.config.derive import VALIDATIONS_PER_RUN, has_validation
 from affina.config.schema import RunConfig
@@ -76,6 +75,9 @@ class CardPlan:
                 "total_bytes": memory.total_bytes,
                 "validation_bytes": memory.validation_bytes,
                 "generation_bytes": memory.generation_bytes,
+                "num_replies": memory.num_replies,
+                "peak_bytes": memory.peak_bytes,
+                "host_bytes": memory.host_bytes,
                 "components": [asdict(component) for component in memory.components],
             },
             "engine": memory.engine,
@@ -97,7 +99,7 @@ class Plan:
 
     download_bytes: of the model's weights that are not on this machine; 0: they are here
     disk_bytes:     of the run directory
-    host_bytes:     of main memory while the model is loaded
+    host_bytes:     of main memory, on the card that needs most of it
     notes:          what is assumed or estimated
     """
 
@@ -180,7 +182,7 @@ def make_plan(
         merged_bytes=merged_bytes(setup),
         download_bytes=0 if present else shape.num_parameters * 2,
         disk_bytes=checkpoint_bytes(setup.num_trainable, keep_last=training.keep_last),
-        host_bytes=_host_bytes(setup, plans),
+        host_bytes=max(plan.memory.host_bytes for plan in plans),
         notes=tuple(_notes(config, shape, data, raw, folder)),
     )
 
@@ -204,7 +206,7 @@ def plan_card(
     validation = generation = seconds = None
     if step is not None and workload.num_steps is not None:
         validation = _validation_seconds(config, workload, step)
-        generation = _generation_seconds(config, workload, setup, coefficients)
+        generation = _generation_seconds(config, workload, setup, memory, coefficients)
         seconds = workload.num_steps * _micro_batches(config, workload) * step.micro_seconds + validation + generation
     return CardPlan(
         gpu=gpu,
@@ -259,27 +261,17 @@ def _validation_seconds(config: RunConfig, workload: Workload, step: StepTime) -
     return once + min((VALIDATIONS_PER_RUN - 1) * once, _VALIDATION_SHARE * training)
 
 
-def _generation_seconds(config: RunConfig, workload: Workload, setup: StepSetup, coefficients: Coefficients) -> float:
-    """Replies of base and tuned model, if every one is as long as it may be."""
-    batch, _ = setup.generation
-    if not batch or setup.gpu is None:
+def _generation_seconds(
+    config: RunConfig, workload: Workload, setup: StepSetup, memory: MemoryPlan, coefficients: Coefficients
+) -> float:
+    """Replies of base and tuned model, if every one is as long as it may be, so many at once as memory holds."""
+    if not memory.num_replies or setup.gpu is None:
         return 0.0
     count = min(config.evaluation.max_generations, workload.num_validation or config.evaluation.max_generations)
     shape = setup.shape
     reading = shape.num_parameters * 2 / (setup.gpu.bandwidth_gb_s * 1e9 * coefficients.traffic_share)
     token = max(coefficients.decode_seconds * shape.num_layers / 36, reading)
-    return 2 * -(-count // batch) * config.evaluation.max_new_tokens * token
-
-
-def _host_bytes(setup: StepSetup, plans: Sequence[CardPlan]) -> int:
-    """Loading reads one tensor at a time; inputs that wait on the host are pinned; torch itself takes a gigabyte."""
-    largest = max(setup.shape.embedding_parameters, *(linear.num_weights for linear in setup.shape.linears))
-    offloaded = 0
-    for plan in plans:
-        if plan.memory.choice is not None:
-            away = sum(keep <= Keep.OFFLOADED for keep in plan.memory.choice.policy.layers)
-            offloaded = max(offloaded, away * setup.row_tokens * setup.shape.hidden_size * setup.itemsize)
-    return (1 << 30) + 2 * largest * 4 + offloaded
+    return 2 * -(-count // memory.num_replies) * config.evaluation.max_new_tokens * token
 
 
 def _notes(config: RunConfig, shape: ModelShape, workload: Workload, raw: dict[str, Any], folder: Path) -> list[str]:
