@@ -48,6 +48,27 @@ def test_a_run_that_fits_nowhere_ends_with_1_and_the_way_out(capsys: pytest.Capt
     assert "training.micro_batch_size" in out
 
 
+def test_what_stays_free_is_never_negative_and_the_batch_of_replies_is_the_one_that_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = plan(capsys, "--preset", "premium", "--gpu", "h100", "--set", "engine.memory=12")
+    assert code == 0
+    assert "H100 80 GB SXM, 12.50 GiB" in out
+    assert "generating replies 10.77 (1 at once instead of 16)" in out
+    assert "fits     0.1 GiB stay free" in out
+    code, out, _ = plan(capsys, "--preset", "production", "--gpu", "rtx3060")
+    assert "stay free while replies are generated" in out
+
+
+def test_a_card_that_is_too_small_says_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--set", "data.max_length=32768", "--set", "training.micro_batch_size=1", "--gpu", "rtx3060"]
+    arguments += ["--set", "engine.memory=8", "--set", "training.optimizer=adamw_8bit"]
+    code, out, _ = plan(capsys, "--preset", "production", *arguments)
+    assert code == 1
+    assert "GiB are needed while replies are generated" in out
+    assert "evaluation.max_generations: 0" in out
+
+
 def test_a_fit_prints_the_settings_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, "--preset", "premium", "--fit", "16")
     assert code == 0
