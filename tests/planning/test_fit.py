@@ -18,7 +18,7 @@ from affina.planning.coefficients import coefficients_for, learn, local_file, sh
 from affina.planning.fit import apply, best_fit, memory_of, smallest_changes, workload_after
 from affina.planning.forecast import card_as, cards_of, forecast, with_memory
 from affina.planning.plan import plan_card
-from affina.planning.workload import estimated_workload, measured_workload
+from affina.planning.workload import estimated_workload, longest_record_bytes, measured_workload
 from tests.planning.setups import qwen3_4b
 
 
@@ -198,6 +198,78 @@ def test_files_are_measured_by_their_size_and_said_to_be_an_estimate(tmp_path: P
     assert not found.is_exact
     assert found.num_samples == 1000
     assert found.num_tokens == pytest.approx(file.stat().st_size / 4, rel=0.01)
+
+
+RECORDS = [{"prompt": f"{index:04} " + "x" * 380, "completion": "y"} for index in range(1000)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=2),
+        json.dumps({"data": RECORDS}),
+        "\n".join(json.dumps(record) for record in RECORDS),
+    ],
+    ids=["array", "indented", "inside an object", "lines"],
+)
+def test_a_json_file_has_as_many_records_as_it_holds_however_it_is_laid_out(tmp_path: Path, text: str) -> None:
+    import affina
+
+    file = tmp_path / "data.json"
+    file.write_text(text)
+    which = load_mapping({"extends": "production", "data": {"train": str(file), "validation_fraction": 0.0}}).config
+    found = estimated_workload(which)
+    assert found.num_samples == 1000
+    assert found.num_tokens == pytest.approx(sum(len(json.dumps(record)) for record in RECORDS) / 4, rel=0.01)
+    assert longest_record_bytes(which) == len(json.dumps(RECORDS[0]))
+    written = affina.recommend(model="affina/nano", data=str(file), gpu="t4", output=tmp_path / "run.yaml")
+    values = {choice.path: choice.value for choice in written.choices}
+    assert (values["data.max_length"], values["data.packing"]) == (512, True)  # a record has about 105 tokens
+
+
+def test_more_records_than_are_measured_are_estimated_from_the_size(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(RECORDS * 3, indent=1))
+    which = load_mapping({"data": {"train": str(tmp_path), "validation_fraction": 0.0}}).config
+    # Brackets and commas between the records count as records' bytes, 1% here.
+    assert estimated_workload(which).num_samples == pytest.approx(6000, rel=0.02)
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(25):
+        (many / f"{index:02}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:10]))
+    which = load_mapping({"data": {"train": str(many), "validation_fraction": 0.0}}).config
+    assert estimated_workload(which).num_samples == 250
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "version https://git-lfs.github.com/spec/v1", "text"])
+def test_a_json_file_that_is_none_leaves_the_size_unknown(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(content)
+    which = load_mapping({"data": str(file)}).config
+    assert estimated_workload(which).num_samples is None
+    assert longest_record_bytes(which) is None
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "accumulation", "epochs", "steps_per_epoch", "num_steps"),
+    [(8, 2, 1, 4, 4), (9, 2, 1, 5, 5), (6, 2, 1, 3, 3), (10, 4, 3, 3, 9), (8, 2, 1.1, 4, 5), (8, 2, 0.1, 4, 1)],
+)
+def test_steps_are_rounded_up_as_training_rounds_them(
+    tmp_path: Path, num_samples: int, accumulation: int, epochs: float, steps_per_epoch: int, num_steps: int
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * num_samples)
+    which = load_mapping(
+        {
+            "data": {"train": str(file), "validation_fraction": 0.0, "packing": False, "max_length": 64},
+            "training": {"micro_batch_size": 1, "gradient_accumulation_steps": accumulation, "epochs": epochs},
+        }
+    ).config
+    found = estimated_workload(which)
+    exact = measured_workload(which, [8] * num_samples, [4] * num_samples, num_validation=0)
+    assert (found.steps_per_epoch, found.num_steps) == (steps_per_epoch, num_steps)
+    assert (exact.steps_per_epoch, exact.num_steps) == (steps_per_epoch, num_steps)
 
 
 def test_data_that_is_not_here_leaves_tokens_unknown_but_max_steps_counts() -> None:

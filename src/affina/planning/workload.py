@@ -7,8 +7,11 @@ takes no time, and said to be an estimate.
 from __future__ import annotations
 
 import glob
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affina.catalog.embedded import embedded_dataset_path, is_embedded_name
-from affina.config.schema import RunConfig
+from affina.config.schema import RunConfig, SourceConfig
 from affina.data.batches import BatchPlan, round_up
+from affina.data.json_records import read_json
+from affina.data.records import RecordProblem
+from affina.errors import DataError
 
 BYTES_PER_TOKEN = 4.0
 """Of JSON with English text: about 4.5 bytes of text to a token, and markup that the template replaces by its own."""
 _TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
-_MEASURED_RECORDS = 2000
+_MEASURED_FILES, _MEASURED_RECORDS = 20, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,7 @@ def measured_workload(
 def estimated_workload(config: RunConfig) -> Workload:
     """The workload by the sizes of local files; unknown parts are None."""
     training, data = config.training, config.data
-    known = [_file_size(source.path, source.split) for source in data.train]
+    known = [_file_size(source, data.max_record_bytes) for source in data.train]
     num_samples = num_tokens = None
     if known and all(part is not None for part in known):
         parts = [part for part in known if part is not None]
@@ -114,9 +120,10 @@ def estimated_workload(config: RunConfig) -> Workload:
         num_samples -= num_validation
     num_steps = steps_per_epoch = None
     if num_samples and num_tokens:
-        rows = num_tokens / row_tokens_of(config) if data.packing else num_samples / training.micro_batch_size
-        steps_per_epoch = max(1, round(rows / training.gradient_accumulation_steps + 0.5))
-        num_steps = max(1, round(training.epochs * steps_per_epoch))
+        filled = num_tokens / row_tokens_of(config) if data.packing else num_samples / training.micro_batch_size
+        rows = math.ceil(filled)
+        steps_per_epoch = max(1, math.ceil(rows / training.gradient_accumulation_steps))
+        num_steps = max(1, math.ceil(training.epochs * steps_per_epoch - 1e-9))
     if training.max_steps is not None:
         num_steps = min(num_steps, training.max_steps) if num_steps is not None else training.max_steps
     return Workload(
@@ -151,14 +158,15 @@ def _mean_row(config: RunConfig, num_tokens: int | None, num_samples: int | None
     return (mean,) * (total // mean) + ((total % mean,) if total % mean else ())
 
 
-def _file_size(path: str, split: str | None) -> tuple[int, int] | None:
+def _file_size(source: SourceConfig, max_record_bytes: int) -> tuple[int, int] | None:
     """(bytes, records) of a local source's text files; None: not local, or of a kind that says nothing."""
-    files = _files(path, split)
-    if not files or any(file.suffix.lower() not in _TEXT_FILES for file in files):
+    measured = _measured(source, max_record_bytes)
+    if measured is None:
         return None
-    num_bytes = sum(file.stat().st_size for file in files)
-    mean = _mean_record_bytes(files[0])
-    return num_bytes, max(1, round(num_bytes / mean))
+    num_bytes, num_records = (sum(getattr(file, name) for file in measured) for name in ("num_bytes", "num_records"))
+    others = _files(source.path, source.split)[len(measured) :]
+    share = sum(file.stat().st_size for file in others) / max(sum(file.file_bytes for file in measured), 1)
+    return round(num_bytes * (1 + share)), max(1, round(num_records * (1 + share)))
 
 
 def _files(path: str, split: str | None) -> list[Path]:
@@ -173,23 +181,63 @@ def _files(path: str, split: str | None) -> list[Path]:
     return [Path(file) for file in sorted(glob.glob(str(place)))]
 
 
-def _mean_record_bytes(file: Path) -> float:
-    """By the first records, one to a line."""
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A file by its first records.
+
+    file_bytes:    as it is on the disk
+    num_bytes:     of its records, without what is only layout
+    longest_bytes: of the longest of the first records
+    """
+
+    file_bytes: int
+    num_bytes: int
+    num_records: int
+    longest_bytes: int
+
+
+def _measured(source: SourceConfig, max_record_bytes: int) -> list[_Measured] | None:
+    """Of a local source's first text files; None: not local, of a kind that says nothing, or not what they seem."""
+    files = _files(source.path, source.split)
+    if not files or any(file.suffix.lower() not in _TEXT_FILES for file in files):
+        return None
+    try:
+        return [_measure(file, source.split, max_record_bytes) for file in files[:_MEASURED_FILES]]
+    except DataError:
+        return None  # reading the data says what is wrong with it
+
+
+def _measure(file: Path, split: str | None, max_record_bytes: int) -> _Measured:
+    """By its first records: the objects of JSON, the lines of other files."""
+    file_bytes = file.stat().st_size
     with file.open("rb") as stream:
-        sizes = [len(line) for _, line in zip(range(_MEASURED_RECORDS), stream, strict=False)]
-    return max(1.0, sum(sizes) / len(sizes)) if sizes else 1.0
+        if file.suffix.lower() == ".json":
+            records = read_json(stream, name=str(file), split=split, max_record_bytes=max_record_bytes, report=_ignore)
+            sizes = [
+                (record.raw_bytes, len(json.dumps(record.value, ensure_ascii=False).encode(errors="replace")))
+                for record in islice(records, _MEASURED_RECORDS + 1)
+            ]
+        else:
+            sizes = [(len(line), len(line)) for line in islice(stream, _MEASURED_RECORDS + 1)]
+    first = sizes[:_MEASURED_RECORDS]
+    raw, text = sum(size[0] for size in first), sum(size[1] for size in first)
+    longest = max((size[1] for size in first), default=0)
+    if len(sizes) == len(first):  # that was all of them
+        return _Measured(file_bytes, text, len(first), longest)
+    share = file_bytes / raw
+    return _Measured(file_bytes, round(share * text), round(share * len(first)), longest)
+
+
+def _ignore(problem: RecordProblem) -> None:
+    """What is wrong with a record is told when the data is read."""
 
 
 def longest_record_bytes(config: RunConfig) -> int | None:
     """Of the longest of each file's first records; None where a source is not a local text file."""
     longest = 0
     for source in config.data.train:
-        files = _files(source.path, source.split)
-        if not files or any(file.suffix.lower() not in _TEXT_FILES for file in files):
+        measured = _measured(source, config.data.max_record_bytes)
+        if measured is None:
             return None
-        for file in files:
-            with file.open("rb") as stream:
-                longest = max(
-                    [longest, *(len(line) for _, line in zip(range(_MEASURED_RECORDS), stream, strict=False))]
-                )
+        longest = max([longest, *(sample.longest_bytes for sample in measured)])
     return longest or None
