@@ -221,7 +221,7 @@ def train(
             )
         status = "interrupted" if outcome.stop_reason == "interrupted" else "finished"
         if planned is not None:
-            _record_measured(settings, run, planned, loaded, outcome)
+            _record_measured(run, planned, loaded, outcome)
         run.update_manifest(
             {"status": status, "training": asdict(outcome), "wall_seconds": round(time.monotonic() - started, 1)}
         )
@@ -337,16 +337,13 @@ def _admit(settings: RunConfig, run: RunDirectory, data: RunData) -> CardPlan | 
     return plan
 
 
-def _record_measured(
-    settings: RunConfig, run: RunDirectory, plan: CardPlan, loaded: LoadedModel, outcome: TrainingOutcome
-) -> None:
+def _record_measured(run: RunDirectory, plan: CardPlan, loaded: LoadedModel, outcome: TrainingOutcome) -> None:
     """What became of the plan; this machine's coefficients learn from it."""
     from affina.models.fast import fast_engine_of
     from affina.planning.admission import measured_record
 
     engine = "reference" if fast_engine_of(loaded.model) is None else "fast"
     measured = measured_record(
-        settings,
         plan,
         engine=engine,
         peak_bytes=outcome.peak_memory_bytes if loaded.device.type == "cuda" else None,

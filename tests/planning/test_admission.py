@@ -77,7 +77,7 @@ def test_measurements_are_kept_beside_the_plan_and_taught() -> None:
     plan = admit(which, estimated_workload(which), device(78))
     assert plan is not None and plan.step is not None  # noqa: PT018
     peak, seconds = int(plan.memory.allocated_bytes / 1.01), 2 * plan.step.step_seconds * 40
-    record = measured_record(which, plan, engine="fast", peak_bytes=peak, training_seconds=seconds, num_steps=40)
+    record = measured_record(plan, engine="fast", peak_bytes=peak, training_seconds=seconds, num_steps=40)
     assert record["memory_error"] == pytest.approx(0.01, abs=1e-4)
     assert record["time_error"] == pytest.approx(-0.5)
     assert coefficients_for("h100", "fast", "none").time_factor == pytest.approx(2.0)
@@ -87,7 +87,7 @@ def test_another_engine_than_planned_teaches_nothing() -> None:
     which = config()
     plan = admit(which, estimated_workload(which), device(78))
     assert plan is not None
-    measured_record(which, plan, engine="reference", peak_bytes=1, training_seconds=1.0, num_steps=40)
+    measured_record(plan, engine="reference", peak_bytes=1, training_seconds=1.0, num_steps=40)
     assert coefficients_for("h100", "fast", "none").time_factor == 1.0
 
 

@@ -127,7 +127,6 @@ def planned_record(plan: CardPlan) -> dict[str, Any]:
 
 
 def measured_record(
-    config: RunConfig,
     plan: CardPlan,
     *,
     engine: str,
@@ -147,7 +146,7 @@ def measured_record(
         learn(
             plan.gpu.name,
             engine,
-            config.quantization.method,
+            plan.format,
             predicted_seconds=planned_step / factor if planned_step is not None and num_steps >= 20 else None,
             measured_seconds=step,
             predicted_bytes=plan.memory.allocated_bytes,
