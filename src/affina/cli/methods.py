@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from affina.catalog.methods import EVERY_FORMAT
 from affina.cli import render
 from affina.cli.options import JsonOption
 
@@ -65,7 +66,7 @@ def print_methods(console: Console, table: MethodTable) -> None:
                 Text(_megabytes(sizes.file_bytes)),
                 Text(_megabytes(sizes.training_bytes)),
             ]
-        formats = "all" if len(method.trains_on) == 4 else ", ".join(sorted(method.trains_on))
+        formats = "all" if method.trains_on == EVERY_FORMAT else ", ".join(sorted(method.trains_on))
         merges = {"exact": "yes", "dequantised base": "into nf4"}.get(method.merges, "no")
         served = {"yes": "yes", "converted": "converted"}.get(method.vllm, "–")
         marks = (formats, merges, served, "yes" if method.fast_engine else "–", method.title)

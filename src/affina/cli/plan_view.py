@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.cli import render
 from affina.runs.units import format_seconds
 
@@ -39,7 +40,12 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
         console.print(
             f"\ntrace    {_gib(trace.peak_bytes)} at the peak of the reference engine's step on a CPU, "
             f"{_gib(trace.static_bytes)} of it weights and adapter; {trace.row_tokens:,} tokens, activations {kind}, "
-            f"{trace.num_operations:,} operations",
+            f"{trace.num_operations:,} operations"
+            + (
+                f"; of a dense base: quantising to {trace.untraced_format} looks at weights, and a trace has none"
+                if trace.untraced_format is not None
+                else ""
+            ),
             soft_wrap=True,
         )
     for note in plan.notes:
@@ -145,7 +151,11 @@ def _print_verdict(console: Console, card: CardPlan) -> None:
         for change in card.changes:
             console.print(f"  {change.path}: {change.value}   {change.why}", soft_wrap=True)
     else:
-        console.print("  no setting makes it fit; --may-quantize allows other weight formats", soft_wrap=True)
+        may_help = not card.may_quantize and card.format not in FOUR_BIT_FORMATS
+        advice = (
+            "; --may-quantize allows other weight formats" if may_help else ": take a larger card or a smaller model"
+        )
+        console.print(f"  no setting makes it fit{advice}", soft_wrap=True)
 
 
 def _print_table(console: Console, plan: Plan) -> None:

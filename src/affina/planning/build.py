@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from affina.catalog.context import context_tokens
-from affina.catalog.formats import WEIGHT_FORMATS
+from affina.catalog.formats import FOUR_BIT_FORMATS, WEIGHT_FORMATS, weight_tensors
 from affina.catalog.gpus import Gpu
 from affina.catalog.methods import method_named
 from affina.catalog.model_files import find_config
@@ -18,7 +18,7 @@ from affina.config.objectives import OBJECTIVES
 from affina.config.rules import longer_than_context
 from affina.config.schema import RunConfig
 from affina.errors import ConfigError
-from affina.planning.setup import Adapter, Precision, StepSetup
+from affina.planning.setup import ROW_MULTIPLE, Adapter, Precision, StepSetup
 from affina.planning.workload import Workload, row_tokens_of
 
 _PRECISIONS: Mapping[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
@@ -147,6 +147,21 @@ def adapter_file_bytes(setup: StepSetup) -> int:
 def merged_bytes(setup: StepSetup) -> int:
     """Of the merged model in 16 bits."""
     return setup.shape.num_parameters * 2
+
+
+def checkpoint_bytes_of(shape: ModelShape) -> int:
+    """Of the model's checkpoint: 16-bit numbers, and linear layers as they are stored."""
+    if shape.stored_format not in FOUR_BIT_FORMATS and shape.stored_format not in ("fp8", "int8"):
+        return shape.num_parameters * 2
+    setup = StepSetup(
+        shape, Adapter(1), "bf16", shape.stored_format, ROW_MULTIPLE, None, skipped=("lm_head", *shape.stored_skips)
+    )
+    dense = shape.num_parameters - shape.linear_weights
+    return 2 * dense + sum(
+        sum(weight_tensors(format, linear.out_features, linear.in_features, double_quantization=shape.stored_double))
+        * linear.count
+        for linear, format, _ in setup.linears
+    )
 
 
 def checkpoint_bytes_on_disk(folder: Path) -> int | None:

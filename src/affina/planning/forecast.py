@@ -12,12 +12,14 @@ from typing import Any
 
 from affina.catalog.gpus import Gpu, find_gpu, gpu_named, gpus
 from affina.catalog.prices import load_prices
+from affina.catalog.shapes import ModelShape
 from affina.config import ResolvedConfig
+from affina.config.derive import with_value
 from affina.config.schema import RunConfig
 from affina.errors import ConfigError
-from affina.planning.build import model_config, raise_unless_planned, shape_of
-from affina.planning.fit import Fit, apply, best_fit, memory_of, smallest_changes, workload_after
-from affina.planning.plan import Plan, make_plan
+from affina.planning.build import model_config, precision_of, raise_unless_planned, shape_of
+from affina.planning.fit import Change, Fit, apply, best_fit, memory_of, smallest_changes, workload_after
+from affina.planning.plan import CPU_NAME, Plan, make_plan
 from affina.planning.workload import Workload, estimated_workload
 
 THIS, ALL = "this", "all"
@@ -26,13 +28,18 @@ _ASK_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TraceResult:
-    """Bytes of the reference engine's step on a CPU, counted. row_tokens: of the traced micro-batch"""
+    """Bytes of the reference engine's step on a CPU, counted.
+
+    row_tokens:     of the traced micro-batch
+    untraced_format: of the run's base, in whose place a dense one was traced; None: the run's base is dense
+    """
 
     static_bytes: int
     peak_bytes: int
     num_operations: int
     row_tokens: int
     recomputes: bool
+    untraced_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +85,13 @@ def forecast(
     cards = cards_of(config, gpus)
     fit = None
     if fit_gib is not None:
-        card = with_memory(cards[0] if len(cards) == 1 else None, fit_gib)
+        card = _card_to_fit(cards, gpus, fit_gib)
         cards = [card]
-        fit = _fit(config, card, fit_gib, workload, may_quantize=may_quantize)
+        within = with_value(config, "engine.memory", float(fit_gib)) if card is None else config
+        fit = _fit(within, card, fit_gib, workload, may_quantize=may_quantize)
+        if card is None:
+            limit = Change("engine.memory", float(fit_gib), "a CPU has no memory of its own: the run is told its share")
+            fit = replace(fit, changes=(limit, *fit.changes), reasons=(_reason(limit), *fit.reasons))
         changed = apply(config, fit.changes)
         workload = workload_after(changed, config, workload) if workload is not None else None
         config = changed
@@ -157,6 +168,21 @@ def card_as(name: str, memory_gib: float, capability: str) -> Gpu:
     return replace(nearest, title=title, memory_gib=memory_gib * 0.985, capability=wanted, aliases=())
 
 
+def _card_to_fit(cards: Sequence[Gpu | None], names: Sequence[str], gib: float) -> Gpu | None:
+    """The card whose memory is cut to a limit; None: the CPU. Raises ConfigError `usage` where several are named."""
+    if names and len(cards) > 1:
+        listed = ", ".join(card.name if card is not None else CPU_NAME for card in cards)
+        raise ConfigError(
+            "usage",
+            f"a fit is for one card, and {len(cards)} are named: {listed}",
+            why="each would need other settings",
+            fix="name one of them, or none: any card with that much memory is taken then",
+        )
+    if list(cards) == [None]:
+        return None
+    return with_memory(cards[0] if len(cards) == 1 else None, gib)
+
+
 def with_memory(card: Gpu | None, gib: float) -> Gpu:
     """A card with that much memory; without a name one of Ampere's generation."""
     if card is not None:
@@ -165,7 +191,11 @@ def with_memory(card: Gpu | None, gib: float) -> Gpu:
     return replace(gpus()["rtx3090"], name="any", title=title, memory_gib=gib)
 
 
-def _fit(config: RunConfig, card: Gpu, gib: float, workload: Workload | None, *, may_quantize: bool) -> Fit:
+def _reason(change: Change) -> str:
+    return f"{change.path}: {change.value}: {change.why}"
+
+
+def _fit(config: RunConfig, card: Gpu | None, gib: float, workload: Workload | None, *, may_quantize: bool) -> Fit:
     raw, folder = model_config(config)
     shape = shape_of(config, raw, folder)
     data = workload or estimated_workload(config)
@@ -175,13 +205,15 @@ def _fit(config: RunConfig, card: Gpu, gib: float, workload: Workload | None, *,
     return fit
 
 
-def nothing_fits(config: RunConfig, shape: Any, card: Gpu, workload: Workload, gib: float) -> ConfigError:
+def nothing_fits(config: RunConfig, shape: ModelShape, card: Gpu | None, workload: Workload, gib: float) -> ConfigError:
     """The error for a memory in which no settings run, with the smallest change that would."""
     needed = memory_of(config, shape, card, workload).peak_bytes / 2**30
     quantized = smallest_changes(config, shape, card, workload, may_quantize=True)
     if quantized:
         way = ", ".join(f"{change.path}={change.value}" for change in quantized)
         fix = f"it would fit with {way} (--may-quantize allows it)"
+    elif card is None:
+        fix = "give it more memory, or take a smaller model"
     else:
         larger = [entry for entry in gpus().values() if memory_of(config, shape, entry, workload).fits]
         fix = f"the smallest card on which it runs as it is: {larger[0].title}" if larger else "take a smaller model"
@@ -207,8 +239,6 @@ def _trace(config: RunConfig, plan: Plan) -> TraceResult:
     rest = plan.row_tokens - sum(lengths)
     recompute = config.training.gradient_checkpointing
     wants = recompute if isinstance(recompute, bool) else plan.cards[0].memory.recomputes
-    from affina.planning.build import precision_of
-
     traced = trace_config(
         AutoConfig.from_pretrained(folder),
         TraceSettings(
@@ -221,4 +251,12 @@ def _trace(config: RunConfig, plan: Plan) -> TraceResult:
             optimizer=OptimizerOptions("adamw"),
         ),
     )
-    return TraceResult(traced.static_bytes, traced.peak_bytes, traced.num_operations, plan.row_tokens, wants)
+    format = plan.cards[0].format
+    return TraceResult(
+        traced.static_bytes,
+        traced.peak_bytes,
+        traced.num_operations,
+        plan.row_tokens,
+        wants,
+        untraced_format=format if format != "none" else None,
+    )

@@ -15,6 +15,7 @@ from affina.config.derive import VALIDATIONS_PER_RUN, has_validation
 from affina.config.schema import RunConfig
 from affina.planning.build import (
     adapter_file_bytes,
+    checkpoint_bytes_of,
     checkpoint_bytes_on_disk,
     merged_bytes,
     model_config,
@@ -41,6 +42,7 @@ class CardPlan:
     gpu:      None: a CPU
     format:   of the base's linear layers
     changes:  the smallest change with which it fits, empty where it fits or nothing helps
+    may_quantize: whether these were allowed to propose another weight format
     seconds:  of the whole run with validation and comparison; None: unknown
     """
 
@@ -50,6 +52,7 @@ class CardPlan:
     step: StepTime | None
     fits: bool
     changes: tuple[Change, ...]
+    may_quantize: bool
     seconds: float | None
     validation_seconds: float | None
     generation_seconds: float | None
@@ -180,7 +183,7 @@ def make_plan(
         row_tokens=setup.row_tokens,
         adapter_bytes=adapter_file_bytes(setup),
         merged_bytes=merged_bytes(setup),
-        download_bytes=0 if present else shape.num_parameters * 2,
+        download_bytes=0 if present else checkpoint_bytes_of(shape),
         disk_bytes=checkpoint_bytes(setup.num_trainable, keep_last=training.keep_last),
         host_bytes=max(plan.memory.host_bytes for plan in plans),
         notes=tuple(_notes(config, shape, data, raw, folder)),
@@ -215,6 +218,7 @@ def plan_card(
         step=step,
         fits=memory.fits,
         changes=changes,
+        may_quantize=may_quantize,
         seconds=seconds,
         validation_seconds=validation,
         generation_seconds=generation,
