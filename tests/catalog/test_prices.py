@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from affina.catalog.gpus import gpus
-from affina.catalog.prices import KINDS, load_prices
+from affina.catalog.prices import KINDS, load_prices, shipped_price
 from affina.errors import AffinaErrors, ConfigError
 
 HEADER = "provider,gpu,kind,usd_per_hour,date,source\n"
@@ -22,6 +22,22 @@ def test_every_shipped_price_has_a_card_a_date_and_a_source() -> None:
         assert price.usd_per_hour >= 0
         assert date.fromisoformat(price.date) <= date.today()
         assert len(price.source) > 10
+        # None was read off the provider's own page.
+        assert "(secondary" in price.source
+
+
+def test_no_shipped_price_is_another_one_times_a_factor() -> None:
+    by_source: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for price in load_prices():
+        by_source.setdefault((price.provider, price.source), {}).setdefault(price.gpu, set()).add(price.kind)
+    assert all(kinds != set(KINDS) for cards in by_source.values() for kinds in cards.values())
+
+
+@pytest.mark.parametrize("missing", ["source", "date"])
+def test_a_shipped_row_without_source_or_date_is_a_mistake(missing: str) -> None:
+    row = {**load_prices()[0].to_dict(), missing: ""}
+    with pytest.raises(ValueError, match=f"the price has no {missing}"):
+        shipped_price(row)
 
 
 def test_a_csv_file_replaces_the_shipped_prices(tmp_path: Path) -> None:

@@ -48,11 +48,28 @@ def setup_of(case: str) -> StepSetup:
 
 
 @pytest.mark.parametrize("case", [key[0] for key in UNLIMITED])
-def test_allocated_memory_is_within_a_third_of_a_percent_of_what_an_h200_measured(case: str) -> None:
+def test_allocated_memory_is_within_a_fifth_of_a_percent_of_what_an_h200_measured(case: str) -> None:
     measured = MEASURED[case, "{}"]
     planned = plan(setup_of(case)).allocated_bytes / 2**30
-    # 0.03% on the large cases; on the small ones a third workspace of the matrix library is planned that was smaller.
-    assert planned == pytest.approx(measured["peak_gib"], rel=0.0033)
+    # 0.09 to 0.17% today: a little below on the large cases, whose logits came in larger chunks when they were measured.
+    assert planned == pytest.approx(measured["peak_gib"], rel=0.002)
+
+
+def test_the_guide_shows_what_was_measured_and_what_is_planned_today() -> None:
+    cases = {
+        "bf16 LoRA, 8 × 2,048": "bf16-lora-8x2048",
+        "NF4 QLoRA, 8 × 2,048": "nf4-qlora-8x2048",
+        "fp8 base, 8 × 2,048": "fp8-lora-8x2048",
+        "bf16 LoRA, 1 × 2,048": "bf16-lora-1x2048",
+        "NF4 QLoRA, 1 × 2,048": "nf4-qlora-1x2048",
+        "real lengths packed to 2,048": "bf16-packed-2048",
+    }
+    guide = (RESULTS.parents[1] / "docs" / "guides" / "planning.md").read_text(encoding="utf-8")
+    table = guide[guide.index("| case | measured GiB | planned |") :].split("\n\n")[0].splitlines()[2:]
+    assert table == [
+        f"| {title} | {MEASURED[case, '{}']['peak_gib']:.2f} | {plan(setup_of(case)).allocated_bytes / 2**30:.2f} |"
+        for title, case in cases.items()
+    ]
 
 
 @pytest.mark.parametrize("case", [key[0] for key in UNLIMITED if "packed" not in key[0]])

@@ -43,7 +43,7 @@ def load_prices(path: Path | str | None = None) -> tuple[Price, ...]:
     """
     if path is None:
         text = files("affina.catalog").joinpath("assets", "cards", "prices.json").read_text(encoding="utf-8")
-        return tuple(Price(**row) for row in json.loads(text)["prices"])
+        return tuple(shipped_price(row) for row in json.loads(text)["prices"])
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
@@ -71,12 +71,20 @@ def load_prices(path: Path | str | None = None) -> tuple[Price, ...]:
     return tuple(prices)
 
 
-def _mistake(row: Any) -> tuple[str, str] | None:
+def shipped_price(row: Mapping[str, Any]) -> Price:
+    """A row of assets/cards/prices.json. Raises ValueError for a mistake, such as one without source or date."""
+    wrong = _mistake(row, required=_FIELDS)
+    if wrong is not None:
+        raise ValueError(wrong[0])
+    return Price(**row)
+
+
+def _mistake(row: Any, required: Sequence[str] = _REQUIRED) -> tuple[str, str] | None:
     """What is wrong with a row, and how to fix it."""
     if not isinstance(row, Mapping):
-        return f"a price is a mapping, not {row!r}", f"write {', '.join(_REQUIRED)}"
-    if missing := [name for name in _REQUIRED if row.get(name) in (None, "")]:
-        return f"the price has no {', '.join(missing)}", f"every price has {', '.join(_REQUIRED)}"
+        return f"a price is a mapping, not {row!r}", f"write {', '.join(required)}"
+    if missing := [name for name in required if row.get(name) in (None, "")]:
+        return f"the price has no {', '.join(missing)}", f"every price has {', '.join(required)}"
     if unknown := [str(name) for name in row if name not in _FIELDS]:
         return f"a price has no field {', '.join(unknown)}", f"the fields are {', '.join(_FIELDS)}"
     if find_gpu(str(row["gpu"])) is None:

@@ -102,7 +102,8 @@ def _print_card(console: Console, card: CardPlan) -> None:
         console.print(f"energy   at most {card.energy_kwh:.2f} kWh of the card")
     for cost in card.costs:
         console.print(
-            f"cost     {cost.usd:>8.2f} USD  {cost.provider}, {cost.kind}, {cost.usd_per_hour:.2f}/h on {cost.date}",
+            f"cost     {cost.usd:>8.2f} USD  {cost.provider}, {cost.kind}, {cost.usd_per_hour:.2f}/h on {cost.date}"
+            + (f", {cost.source}" if cost.source else ""),
             soft_wrap=True,
         )
     _print_verdict(console, card)
