@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from affina.api import quantize
 from affina.catalog.decoder import DecoderSpec
 from affina.catalog.embedded import embedded_model_path
 from affina.catalog.formats import FOUR_BIT_BLOCK, FOUR_BIT_NESTED_BLOCK, weight_tensors
@@ -30,6 +31,7 @@ from affina.kernels import four_bit
 from affina.kernels.code_tables import NF4
 from affina.kernels.double_quantization import GROUP_SIZE
 from affina.models.families import read_decoder
+from affina.planning.build import checkpoint_bytes_of
 from affina.planning.setup import Adapter, StepSetup
 
 
@@ -175,6 +177,16 @@ def test_experts_count_as_often_as_there_are() -> None:
 def test_a_multimodal_models_language_part_is_read() -> None:
     text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     assert read_shape({"model_type": "gemma3", "text_config": text}).num_layers == 2
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8"])
+def test_a_stored_checkpoint_is_counted_as_it_is_stored(tmp_path: Path, format: Any) -> None:
+    quantize("affina/nano", tmp_path / "base", format=format, report=False)
+    shape = read_shape(find_config(str(tmp_path / "base"))[0])
+    assert shape.stored_format == format
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    # A header for each tensor, and for each layer its code table: 2 KB for each of 42.
+    assert 0 < on_disk - checkpoint_bytes_of(shape) < 42 * 2048
 
 
 def test_a_config_without_sizes_is_refused_with_the_missing_name() -> None:

@@ -77,6 +77,46 @@ def test_a_fit_prints_the_settings_to_type(capsys: pytest.CaptureFixture[str]) -
     assert "fits  " in out
 
 
+def test_a_fit_of_a_run_on_a_cpu_stays_there_and_tells_the_run_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--preset", "laptop", "--fit", "0.15")
+    assert code == 0
+    assert "CPU, 0.15 GiB" in out
+    assert "affina train … --set engine.memory=0.15 --set evaluation.batch_size=1\n" in out
+    assert "MiB stay free" in out
+    code, out, _ = plan(capsys, "--preset", "production", "--gpu", "rtx4090", "--fit", "10")
+    assert code == 0
+    assert "GeForce RTX 4090, 10.00 GiB of it" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["premium", "--set", "engine.memory=2"], "--may-quantize allows other weight formats"),
+        (["premium", "--set", "engine.memory=2", "--may-quantize"], "take a larger card or a smaller model"),
+        (["production", "--set", "engine.memory=2"], "take a larger card or a smaller model"),
+    ],
+    ids=["dense", "allowed already", "four bits already"],
+)
+def test_advice_is_only_what_may_help(capsys: pytest.CaptureFixture[str], arguments: list[str], advice: str) -> None:
+    code, out, _ = plan(capsys, "--gpu", "rtx3060", "--preset", *arguments)
+    assert code == 1
+    assert f"no setting makes it fit: {advice}" in out or f"no setting makes it fit; {advice}" in out
+    for line in ("time  ", "energy  ", "cost  "):  # of a run that cannot be
+        assert line not in out
+
+
+def test_the_lowest_memory_says_what_is_not_on_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = plan(capsys, "--preset", "production", "--gpu", "rtx3060", "--set", "engine.memory=lowest")
+    assert "embedding, which is the head too, int8" in out
+    assert "66,060,288 parameters in main memory, one layer of them here" in out
+
+
+def test_a_small_model_is_shown_in_mebibytes(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = plan(capsys, "--preset", "laptop")
+    assert "MiB" in out
+    assert " 0.00 " not in out
+
+
 def test_json_has_the_same_numbers_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100", "--json")
     assert code == 0
@@ -91,14 +131,19 @@ def test_prices_of_ones_own_are_used(capsys: pytest.CaptureFixture[str], tmp_pat
     file = tmp_path / "p.csv"
     file.write_text("provider,gpu,kind,usd_per_hour,date\nmy cluster,h100,on-demand,9.99,2026-11-20\n")
     _, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100", "--prices", str(file))
-    assert "my cluster, on-demand, 9.99/h on 2026-11-20" in out
+    assert "my cluster, on-demand, 9.99/h on 2026-11-20\n" in out
+    file.write_text("provider,gpu,kind,usd_per_hour,date,source\nmine,h100,spot,9.99,2026-11-20,the contract\n")
+    _, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100", "--prices", str(file))
+    assert "mine, spot, 9.99/h on 2026-11-20, the contract\n" in out
 
 
 def test_the_trace_is_shown_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, "--preset", "laptop", "--trace")
     assert code == 0
     assert "trace" in out
-    assert "operations" in out
+    assert "operations; of a dense base: quantising to nf4 looks at weights, and a trace has none" in out
+    _, out, _ = plan(capsys, "--preset", "laptop", "--trace", "--set", "quantization=none")
+    assert "dense base" not in out
 
 
 def test_counted_data_gives_exact_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +178,9 @@ def test_a_stream_cannot_be_counted(capsys: pytest.CaptureFixture[str], tmp_path
         (["--preset", "production", "--set", "data.max_length=99999", "--gpu", "t4"], "131,072 with YaRN"),
         (["--preset", "production", "--set", "adapter=dora", "--gpu", "h100"], "error[plan-unsupported]"),
         (["--fit", "-3"], "error[usage]"),
+        (["--preset", "premium", "--fit", "12", "--gpu", "l4,a4000"], "a fit is for one card, and 2 are named: l4, a4000"),
+        (["--preset", "laptop", "--fit", "12", "--gpu", "cpu,t4"], "a fit is for one card, and 2 are named: cpu, t4"),
+        (["--preset", "production", "--fit", "1", "--gpu", "cpu"], "give it more memory, or take a smaller model"),
     ],
 )
 def test_mistakes_are_told_with_a_way_out(

@@ -112,6 +112,16 @@ def test_the_best_fit_fits_and_says_why_of_every_choice(gib: float) -> None:
     assert all(reason.startswith(start) for reason, start in zip(others, stays, strict=True)), others
 
 
+def test_what_a_run_does_not_need_changed_stays_as_it_is() -> None:
+    which = config(training={"micro_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": False})
+    fit = best_fit(which, qwen3_4b(), gpus()["h200"], estimated_workload(which), may_quantize=False)
+    assert fit is not None
+    assert "training.gradient_checkpointing" not in {change.path for change in fit.changes}
+    assert "layers keep everything for the backward pass: nothing is computed again" in " ".join(fit.reasons).replace(
+        "; rows are captured as CUDA graphs", ""
+    )
+
+
 def ask(which: RunConfig, **options: Any) -> Any:
     resolved = load_mapping(which)
     defaults: dict[str, Any] = {

@@ -211,10 +211,10 @@ def _stored(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(stored, Mapping):
         return {}
     skipped = stored.get("llm_int8_skip_modules") or stored.get("ignore") or ()
-    if stored.get("load_in_4bit") or stored.get("bnb_4bit_quant_type"):
-        format = str(stored.get("bnb_4bit_quant_type", "fp4"))
-    elif stored.get("load_in_8bit"):
+    if stored.get("load_in_8bit"):  # it names a 4-bit type, too, which says nothing then
         format = "int8"
+    elif stored.get("load_in_4bit") or stored.get("bnb_4bit_quant_type"):
+        format = str(stored.get("bnb_4bit_quant_type", "fp4"))
     elif stored.get("format") == "float-quantized":
         format = "fp8"
     else:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from affina.catalog.formats import FOUR_BIT_FORMATS
+from affina.catalog.gpus import gpus
 from affina.cli import render
 from affina.runs.units import format_seconds
 
@@ -80,16 +81,30 @@ def _print_head(console: Console, plan: Plan) -> None:
 
 def _print_card(console: Console, card: CardPlan) -> None:
     memory = card.memory
-    title = card.gpu.title if card.gpu is not None else "CPU"
-    capacity = f", {_gib(memory.capacity_bytes)}" if memory.capacity_bytes is not None else ""
-    console.print(f"\n{title}{capacity}", style="bold")
+    console.print(f"\n{_title(card)}", style="bold")
     reason = f" ({memory.engine_reason})" if memory.engine_reason else ""
     console.print(f"engine   {memory.engine}{reason}; layers keep {memory.keeps}", soft_wrap=True)
-    table = render.table("peak memory", "GiB", "", numeric=("GiB",))
+    unit, size = ("GiB", _GIB) if memory.peak_bytes >= _GIB else ("MiB", 2**20)
+    table = render.table("peak memory", unit, "", numeric=(unit,))
     for component in memory.components:
-        table.add_row(f"  {component.name}", f"{component.num_bytes / _GIB:.2f}", Text(component.note, style="dim"))
-    table.add_row("  total", f"{memory.total_bytes / _GIB:.2f}", Text(_stages(card), style="dim"), style="bold")
+        table.add_row(f"  {component.name}", f"{component.num_bytes / size:.2f}", Text(component.note, style="dim"))
+    table.add_row("  total", f"{memory.total_bytes / size:.2f}", Text(_stages(card, size), style="dim"), style="bold")
     console.print(table)
+    if card.fits:
+        _print_time_and_cost(console, card)
+    _print_verdict(console, card)
+
+
+def _title(card: CardPlan) -> str:
+    """The card, and what the process may take of it."""
+    title, capacity = card.gpu.title if card.gpu is not None else "CPU", card.memory.capacity_bytes
+    if capacity is None:
+        return title
+    whole = gpus().get(card.name)
+    return f"{title}, {_gib(capacity)}" + (" of it" if whole is not None and capacity < whole.memory_bytes else "")
+
+
+def _print_time_and_cost(console: Console, card: CardPlan) -> None:
     if card.step is not None:
         console.print(
             f"time     {format_seconds(card.step.step_seconds)} a step, {card.step.tokens_per_second:,.0f} tokens/s"
@@ -106,18 +121,17 @@ def _print_card(console: Console, card: CardPlan) -> None:
             + (f", {cost.source}" if cost.source else ""),
             soft_wrap=True,
         )
-    _print_verdict(console, card)
 
 
-def _stages(card: CardPlan) -> str:
+def _stages(card: CardPlan, size: int) -> str:
     memory = card.memory
     parts = []
     if memory.validation_bytes:
-        parts.append(f"validation {memory.validation_bytes / _GIB:.2f}")
+        parts.append(f"validation {memory.validation_bytes / size:.2f}")
     if memory.generation_bytes:
         wanted = f" ({memory.num_replies} at once instead of {memory.wanted_replies})"
         fewer = wanted if memory.num_replies < memory.wanted_replies else ""
-        parts.append(f"generating replies {memory.generation_bytes / _GIB:.2f}{fewer}")
+        parts.append(f"generating replies {memory.generation_bytes / size:.2f}{fewer}")
     return "; ".join(parts)
 
 
@@ -144,7 +158,7 @@ def _print_verdict(console: Console, card: CardPlan) -> None:
         return
     if card.fits:
         free = card.memory.capacity_bytes - card.memory.peak_bytes
-        console.print(f"fits     {free / _GIB:.1f} GiB stay free{_busiest(card)}", style="green")
+        console.print(f"fits     {_free(free)} stay free{_busiest(card)}", style="green")
         return
     console.print(f"does not fit: {_gib(card.memory.peak_bytes)} are needed{_busiest(card)}", style="bold red")
     if card.changes:
@@ -201,6 +215,10 @@ def print_recommendation(console: Console, recommendation: Recommendation) -> No
     _print_head(console, recommendation.plan)
     _print_card(console, recommendation.plan.cards[0])
     console.print(f"\nnext     affina train {recommendation.path}", soft_wrap=True)
+
+
+def _free(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= 0.1 * _GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _gib(num_bytes: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from affina.catalog.formats import FOUR_BIT_FORMATS
@@ -96,7 +97,9 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
             yield (format, *rest)
         least = (format, *least)
     for fewer in _fewer_replies(config):
-        yield (*base, fewer)
+        yield (fewer,)
+        if base:
+            yield (*base, fewer)
         yield (*least, *optimizer, fewer)
     length = config.data.max_length
     while length > _SHORTEST_LENGTH:
@@ -163,8 +166,9 @@ def best_fit(
     best: tuple[float, tuple[Change, ...], MemoryPlan] | None = None
     training = config.training
     rows = training.micro_batch_size * training.gradient_accumulation_steps
-    base = tuple(_recomputation(config))
-    for micro in (size for size in range(1, rows + 1) if rows % size == 0):
+    recomputes = tuple(_recomputation(config))
+    cuts = [size for size in range(1, rows + 1) if rows % size == 0]
+    for base, micro in product(((), recomputes) if recomputes else ((),), cuts):
         cut: tuple[Change, ...] = ()
         if micro != training.micro_batch_size:
             cut = (
@@ -210,6 +214,8 @@ def _reasons(config: RunConfig, changes: tuple[Change, ...], memory: MemoryPlan,
     if "training.micro_batch_size" not in changed:
         size = config.training.micro_batch_size
         yield f"training.micro_batch_size stays {size}: no other cut of the {rows} rows is faster within the memory"
-    yield f"layers keep {memory.keeps}: the most that fits, the rest is computed again"
+    is_all = memory.keeps.startswith("everything")
+    rest = "nothing is computed again" if is_all else "the most that fits, the rest is computed again"
+    yield f"layers keep {memory.keeps}: {rest}"
     if "quantization.method" not in changed:
         yield f"quantization.method stays {config.quantization.method}: it fits without another weight format"

@@ -184,10 +184,10 @@ def _card_to_fit(cards: Sequence[Gpu | None], names: Sequence[str], gib: float) 
 
 
 def with_memory(card: Gpu | None, gib: float) -> Gpu:
-    """A card with that much memory; without a name one of Ampere's generation."""
+    """A card of which that much memory may be taken; without a name one of Ampere's generation."""
     if card is not None:
-        return replace(card, title=f"{card.title} with {gib:g} GiB", memory_gib=gib)
-    title = f"any card since Ampere with {gib:g} GiB, at the speed of an RTX 3090"
+        return replace(card, memory_gib=gib)
+    title = "any card since Ampere, at the speed of an RTX 3090"
     return replace(gpus()["rtx3090"], name="any", title=title, memory_gib=gib)
 
 

@@ -269,12 +269,16 @@ def _assemble(
     slack_bytes = int(needed * slack)
     shape = setup.shape
     heads = "embedding and head" if shape.head_parameters else "embedding, which is the head too"
+    adapter = f"{setup.num_trainable:,} parameters, float32"
+    if adapter_on_host(setup):
+        adapter = f"{setup.num_trainable:,} parameters in main memory, one layer of them here"
+    elif engine == "fast" and setup.itemsize == 2:
+        adapter += " and working copy"
     components = [
         Component("base weights", static["linear"] + static["other"], f"{setup.format} on the linear layers"
                   if setup.format != "none" else f"{setup.precision}"),
-        Component("embedding", static["embedding"], f"{heads}, {setup.precision}"),
-        Component("adapter", static["adapter"], f"{setup.num_trainable:,} parameters, float32 and working copy"
-                  if engine == "fast" and setup.itemsize == 2 else f"{setup.num_trainable:,} parameters, float32"),
+        Component("embedding", static["embedding"], f"{heads}, {'int8' if setup.is_lowest else setup.precision}"),
+        Component("adapter", static["adapter"], adapter),
         Component("expansion", static["expansion"], "room to expand weights and for low-rank products"),
         *parts,
         Component("CUDA context", context, "driver, kernels and libraries"),
