@@ -178,7 +178,7 @@ def test_a_stream_cannot_be_counted(capsys: pytest.CaptureFixture[str], tmp_path
         (["--preset", "production", "--set", "data.max_length=99999", "--gpu", "t4"], "131,072 with YaRN"),
         (["--preset", "production", "--set", "adapter=dora", "--gpu", "h100"], "error[plan-unsupported]"),
         (["--fit", "-3"], "error[usage]"),
-        (["--preset", "premium", "--fit", "12", "--gpu", "l4,a4000"], "a fit is for one card, and 2 are named: l4, a4000"),
+        (["--preset", "premium", "--fit", "12", "--gpu", "l4,a4000"], "for one card, and 2 are named: l4, a4000"),
         (["--preset", "laptop", "--fit", "12", "--gpu", "cpu,t4"], "a fit is for one card, and 2 are named: cpu, t4"),
         (["--preset", "production", "--fit", "1", "--gpu", "cpu"], "give it more memory, or take a smaller model"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import affina
+from affina.catalog.model_files import find_config
 from affina.config import load_mapping
 from affina.config.schema import RunConfig
 from affina.errors import TrainingError
@@ -81,6 +82,20 @@ def test_measurements_are_kept_beside_the_plan_and_taught() -> None:
     assert record["memory_error"] == pytest.approx(0.01, abs=1e-4)
     assert record["time_error"] == pytest.approx(-0.5)
     assert coefficients_for("h100", "fast", "none").time_factor == pytest.approx(2.0)
+
+
+def test_a_stored_checkpoint_teaches_under_the_format_that_it_is_stored_in(tmp_path: Path) -> None:
+    stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    raw = {**find_config("Qwen/Qwen3-4B")[0], "quantization_config": stored}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    which = config(model={"path": str(tmp_path)})
+    assert which.quantization.method == "none"
+    plan = admit(which, estimated_workload(which), device(78))
+    assert plan is not None and plan.step is not None  # noqa: PT018
+    seconds = 2 * plan.step.step_seconds * 40
+    measured_record(plan, engine="fast", peak_bytes=1, training_seconds=seconds, num_steps=40)
+    assert coefficients_for("h100", "fast", "nf4").time_factor == pytest.approx(2.0)
+    assert coefficients_for("h100", "fast", "none").time_factor == 1.0
 
 
 def test_another_engine_than_planned_teaches_nothing() -> None:

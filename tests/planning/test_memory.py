@@ -51,7 +51,7 @@ def setup_of(case: str) -> StepSetup:
 def test_allocated_memory_is_within_a_fifth_of_a_percent_of_what_an_h200_measured(case: str) -> None:
     measured = MEASURED[case, "{}"]
     planned = plan(setup_of(case)).allocated_bytes / 2**30
-    # 0.09 to 0.17% today: a little below on the large cases, whose logits came in larger chunks when they were measured.
+    # 0.09 to 0.17% today; the large cases were measured with larger chunks of logits and are planned a little lower.
     assert planned == pytest.approx(measured["peak_gib"], rel=0.002)
 
 
