@@ -218,6 +218,7 @@ def test_the_table_is_readable_in_a_terminal(capsys):
         "is",
     ]
     assert lines[1].split()[0] == "lora"
+    assert "all" in lines[1].split()  # the formats that it trains on
     assert run(["methods", "--model", "nowhere"]) == 1
     assert "shape-unknown" in capsys.readouterr().err
     assert run(["methods", "--markdown", "--json"]) == 0
