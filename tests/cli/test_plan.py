@@ -109,6 +109,7 @@ def test_the_lowest_memory_says_what_is_not_on_the_card(capsys: pytest.CaptureFi
     _, out, _ = plan(capsys, "--preset", "production", "--gpu", "rtx3060", "--set", "engine.memory=lowest")
     assert "embedding, which is the head too, int8" in out
     assert "66,060,288 parameters in main memory, one layer of them here" in out
+    assert "with engine.memory lowest the time is a lower bound" in out
 
 
 def test_a_small_model_is_shown_in_mebibytes(capsys: pytest.CaptureFixture[str]) -> None:
