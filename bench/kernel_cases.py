@@ -27,7 +27,18 @@ sys.path.insert(0, str(HERE))
 
 import records  # noqa: E402
 
-from affina.kernels import adamw, code_tables, four_bit, fp8, linear_cross_entropy, qk_rope, rms_norm, swiglu  # noqa: E402
+from affina.kernels import (  # noqa: E402
+    adamw,
+    code_tables,
+    four_bit,
+    fp8,
+    int8,
+    linear_cross_entropy,
+    qk_rope,
+    rms_norm,
+    row_scaled,
+    swiglu,
+)
 from affina.kernels import attention as attention_module  # noqa: E402
 from affina.kernels.attention import Segments, attention, attention_backward  # noqa: E402
 
@@ -37,7 +48,7 @@ HALVES = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 """Of the relative norm of an error: a handful of roundings of 2^-24, 2^-9 and 2^-12 each, one after the other."""
 EPSILON = 1e-6
-_MODULES = (adamw, attention_module, four_bit, fp8, linear_cross_entropy, qk_rope, rms_norm, swiglu)
+_MODULES = (adamw, attention_module, four_bit, fp8, linear_cross_entropy, qk_rope, rms_norm, row_scaled, swiglu)
 
 Place = Callable[[Tensor], Tensor]
 """Takes a tensor of the CPU to where, and in which type, an operation is computed."""
@@ -405,6 +416,25 @@ def fp8_cases(is_tiny: bool) -> Iterator[Case]:
             )
 
 
+def row_scaled_cases(is_tiny: bool) -> Iterator[Case]:
+    for rows, width in [(3, 48)] if is_tiny else [(37, 2560), (1, 1), (33, 9728)]:
+        for quantize in (int8.quantize_rows, fp8.quantize_rows):
+            codes, scale = quantize(random(rows, width))
+
+            def compute(on: Place, codes=codes, scale=scale, width=width) -> dict[str, Tensor]:
+                on_codes = on(codes.view(torch.uint8)).view(codes.dtype)
+                found = {}
+                for dtype in FLOATS:
+                    out = torch.empty(codes.shape[0], width + 32, dtype=dtype, device=on_codes.device)[:, :width]
+                    found[name_of(dtype)] = row_scaled.expand_rows(on_codes, on(scale), out)
+                return found
+
+            kind = name_of(codes.dtype)
+            yield Case(
+                f"{kind} {rows}×{width} expanded", ("row_scaled._expand_rows_kernel",), compute, 0.0, is_wide=False
+            )
+
+
 def optimizer_cases(is_tiny: bool) -> Iterator[Case]:
     for count in [1001] if is_tiny else [1, 1001, 1_000_003]:
         buffers = [random(count), random(count), random(count, factor=0.1), random(count, factor=0.1).square()]
@@ -457,6 +487,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "cross_entropy": loss_cases,
     "four_bit": four_bit_cases,
     "fp8": fp8_cases,
+    "row_scaled": row_scaled_cases,
     "adamw": optimizer_cases,
 }
 

@@ -44,6 +44,8 @@ def category(name: str, shapes: str) -> str:
     """The part of the step that an operation belongs to."""
     if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_scaled_mm"):
         sides = [int(n) for n in shapes.replace("[", " ").replace("]", " ").replace(",", " ").split()]
+        if name == "aten::_scaled_mm":  # its scales are arguments too
+            sides = [n for n in sides if n > 1]
         if 151_936 in sides or 128_256 in sides:
             return "head product"
         return "adapter products" if min(sides, default=0) <= 256 else "base products"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from affina.catalog.formats import weight_tensors
 from affina.errors import ModelError
+from affina.kernels.row_scaled import expand_rows
 from affina.models.weights.quantized import QuantizedLinear, SkippedModules
 
 _CHUNK_ELEMENTS_CPU = 1 << 20
@@ -73,7 +74,7 @@ class RowScaledWeight:
         """Writes the dense weight to `out` [out, in] (any floating type; rows may be apart) and returns it."""
         if out.dtype == torch.float64:
             return out.copy_(self.dequantize(torch.float32))  # the same weight as in every other type's computation
-        return out.copy_(self.codes).mul_(self.scale.unsqueeze(1))
+        return expand_rows(self.codes, self.scale, out)
 
 
 class RowScaledLinear(QuantizedLinear):
