@@ -1,6 +1,7 @@
 """The plan against the card: peak memory and step time, predicted before, measured after.
 
     python bench/plan_accuracy.py [--seconds 500] [--output bench/results/plan_accuracy.json] [--random 8 --seed 1]
+    python bench/plan_accuracy.py --only-random --random 12 --seed 2      # beside the fixed cases that the file has
     python bench/plan_accuracy.py --dry-run        # no GPU: predictions alone, every case; --layers 2 makes tiny models
 
 At least 24 configurations (formats × micro-batch × length × save policy × optimiser × packed or not × engine;
@@ -445,10 +446,12 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="draw so many more cases by lot")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="cases whose line holds this text")
+    parser.add_argument("--only-random", action="store_true", help="leave the fixed cases as they were measured before")
     parser.add_argument("--layers", type=int, help="fewer layers than the models have")
     parser.add_argument("--dry-run", action="store_true", help="predict, measure nothing")
     arguments = parser.parse_args()
-    specs = [*cases(), *random_cases(arguments.random, arguments.seed)]
+    drawn = random_cases(arguments.random, arguments.seed)
+    specs = drawn if arguments.only_random else [*cases(), *drawn]
     if arguments.only:
         specs = [spec for spec in specs if arguments.only in name_of(spec)]
     if arguments.dry_run:
@@ -462,10 +465,12 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # what a run does by default
     torch.utils.deterministic.fill_uninitialized_memory = False
     begun = time.perf_counter()
-    records: list[dict[str, Any]] = []
-    for spec in specs:
+    found = json.loads(arguments.output.read_text())["records"] if arguments.output.exists() else []
+    # A drawing is a set of its own: records of another are not mixed in.
+    records = [r for r in found if r["case"]["set"] == "fixed" and r["case"] not in specs]
+    for index, spec in enumerate(specs):
         if time.perf_counter() - begun > arguments.seconds:
-            print(f"out of time: {len(specs) - len(records)} cases were not run")
+            print(f"out of time: {len(specs) - index} cases were not run")
             break
         record: dict[str, Any] = {"case": spec, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
         started = time.perf_counter()

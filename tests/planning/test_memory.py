@@ -141,12 +141,13 @@ def test_what_the_fast_engine_does_not_run_is_planned_for_the_reference(changes:
     assert plan(setup(**changes)).engine_reason == reason
 
 
-def test_the_lowest_memory_takes_at_least_the_time_that_is_planned() -> None:
-    case = "nf4-lowest-1x2048"
+@pytest.mark.parametrize("case", ["nf4-lowest-1x2048", "nf4-lowest-1x2048-qwen3-8b"])
+def test_the_time_of_the_lowest_memory_is_the_hosts(case: str) -> None:
     step = plan_time(setup_of(case), plan(setup_of(case)), shipped_coefficients())
     assert step is not None
-    # What the plan's note says: transfers, parts and the optimiser on the host are not in the arithmetic.
-    assert 11.5 < MEASURED[case, "{}"]["milliseconds"] / (step.micro_seconds * 1e3) < 12.5
+    # Launches of parts are counted; transfers of the adapter and the optimiser on the host, larger with 8B, are not.
+    assert step.micro_seconds * 1e3 == pytest.approx(MEASURED[case, "{}"]["milliseconds"], rel=0.12)
+    assert step.micro_seconds == step.host
 
 
 @settings(max_examples=12, deadline=None)

@@ -37,9 +37,9 @@ class Coefficients:
     traffic_share: float
     head_share: float
     overhead: float
-    launch_seconds: float
-    launches_fast: float
-    launches_reference: float
+    adapter_share: float
+    layer_seconds_fast: float
+    layer_seconds_reference: float
     reference_traffic: float
     reference_gemm_share: float
     small_card_share: float

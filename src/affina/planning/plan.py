@@ -289,10 +289,6 @@ def _notes(config: RunConfig, shape: ModelShape, workload: Workload, raw: dict[s
             else "unknown, because the data is not a plain text file here"
         )
         notes.append(f"tokens and steps are {known}; --tokenize counts them")
-    if config.engine.memory == "lowest":
-        notes.append(
-            "with engine.memory lowest the time is a lower bound: an H200 took 12 times as long for short rows"
-        )
     if shape.stored_format is not None and shape.stored_format not in WEIGHT_FORMATS:
         notes.append(f"the checkpoint is stored as {shape.stored_format}, which affina does not train on")
     return notes

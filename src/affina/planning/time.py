@@ -2,23 +2,27 @@
 
     base products   4 · weights · tokens FLOP (forward and input gradient; weights are frozen), more where recomputed
     attention       2 · H K · Σ L² forward for documents of L tokens (causal), 2.5 times as much backward
+    adapter         6 · parameters · tokens FLOP in thin products
     head            4 · V · D · supervised tokens
     the rest        bytes that norms, rotations, activations and adapters move
-    launches        what the host needs for operations that are launched one by one
+    host            what it needs to launch operations one by one, where they are not captured; the longer one counts
 
 The shares are in assets/coefficients.json, each with the measurement that it comes from.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from affina.catalog.formats import weight_bytes
+from affina.catalog.fused_memory import MLP_CHUNK_TOKENS
 from affina.catalog.gpus import Gpu
+from affina.catalog.lowest_memory import tokens_per_part
 from affina.catalog.save_policy import Keep
 from affina.planning.coefficients import Coefficients
 from affina.planning.memory import MemoryPlan
-from affina.planning.setup import StepSetup
+from affina.planning.setup import StepSetup, fused_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,10 @@ class StepTime:
     products: float
     attention: float
     head: float
+    adapter: float
     traffic: float
     expansion: float
-    launches: float
+    host: float
     micro_seconds: float
     step_seconds: float
     tokens_per_second: float
@@ -51,26 +56,25 @@ def plan_time(setup: StepSetup, memory: MemoryPlan, coefficients: Coefficients) 
     square = sum(length * length for length in setup.documents)
     forward = 2 * setup.shape.query_size * square * setup.shape.num_layers
     attention = forward * (3.5 + again.attention) / rates.attention
+    adapter = 6 * setup.num_trainable * (1 + again.share / 3) * tokens / rates.adapter
     head = 4 * setup.shape.embedding_parameters * setup.predicted / rates.head
     head += 10 * setup.shape.vocabulary_size * setup.predicted / rates.traffic
     traffic = _bytes_moved(setup) * (1 + again.share / 3) * tokens / rates.traffic
     traffic *= 1 if is_fast else c.reference_traffic
     passes = 2 + again.share
     expansion = 0.0 if setup.products != "expanded" and is_fast else _expansion_bytes(setup) * passes / rates.traffic
-    launches = 0.0
-    if not (memory.choice is not None and memory.choice.is_captured):
-        count = c.launches_fast if is_fast else c.launches_reference
-        launches = count * setup.shape.num_layers * c.launch_seconds
-    busy = (products + attention + head + traffic + expansion) * c.overhead
-    micro = max(busy, launches) * c.time_factor
+    host = _host_seconds(setup, memory, c)
+    busy = (products + attention + adapter + head + traffic + expansion) * c.overhead
+    micro = max(busy, host) * c.time_factor
     step = micro * setup.micro_batches
     return StepTime(
         products,
         attention,
         head,
+        adapter,
         traffic,
         expansion,
-        launches,
+        host,
         micro,
         step,
         tokens / micro,
@@ -103,9 +107,27 @@ def _recomputed(setup: StepSetup, memory: MemoryPlan) -> _Again:
         Keep.ALL: 0,
     }
     layers = memory.choice.policy.layers
-    attended = sum(keep <= Keep.INPUT for keep in layers) / len(layers)
+    on_host = fused_row(setup).num_attention_on_host(memory.choice.policy)
+    attended = max(sum(keep <= Keep.INPUT for keep in layers) - on_host, 0) / len(layers)
     products = sum(of_level[keep] for keep in layers) / (total * len(layers))
     return _Again(products, attended, products)
+
+
+def _host_seconds(setup: StepSetup, memory: MemoryPlan, c: Coefficients) -> float:
+    """Of the host, to launch a micro-batch operation by operation; 0 where rows are captured.
+
+    In units of a layer's two passes with everything kept. A layer that is computed again from its input launches its
+    forward pass twice and its MLP for every `MLP_CHUNK_TOKENS`; one in parts everything for every part, the
+    projections of q, k, v a third time.
+    """
+    if memory.choice is None:
+        return c.layer_seconds_reference * (2 if memory.recomputes else 1) * setup.shape.num_layers
+    if memory.choice.is_captured:
+        return 0.0
+    chunks = math.ceil(setup.row_tokens / MLP_CHUNK_TOKENS)
+    parts = math.ceil(setup.row_tokens / tokens_per_part(setup.row_tokens))
+    units = {Keep.PARTS: 1 + 1.5 * parts, Keep.OFFLOADED: 0.8 + 0.5 * chunks, Keep.INPUT: 0.8 + 0.5 * chunks}
+    return c.layer_seconds_fast * sum(units.get(keep, 1.0) for keep in memory.choice.policy.layers)
 
 
 class _Rates:
@@ -121,6 +143,7 @@ class _Rates:
         if is_fast and setup.products == "fp8" and gpu.tflops_fp8 is not None:
             self._gemm = gpu.tflops_fp8 * 1e12 * clock * c.gemm_share_fp8
         self.attention = sixteen * c.attention_share
+        self.adapter = sixteen * c.adapter_share
         self.head = sixteen * c.head_share
         self.traffic = gpu.bandwidth_gb_s * 1e9 * c.traffic_share
 
