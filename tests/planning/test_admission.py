@@ -83,6 +83,13 @@ def test_the_parts_that_a_refusal_names_are_parts_of_what_it_says_is_needed() ->
     assert "allocator slack" not in str(error.value)
 
 
+def test_a_small_model_is_refused_with_figures_that_can_be_read() -> None:
+    which = load_mapping({"extends": "laptop", "engine": {"memory": 0.02}, "training": {"device": "cpu"}}).config
+    with pytest.raises(TrainingError, match=r"needs \d+ MiB on cpu, engine\.memory allows 20 MiB") as error:
+        admit(which, estimated_workload(which), Device("cpu"))
+    assert "0.0" not in str(error.value)
+
+
 def test_where_nothing_helps_the_smallest_card_is_named() -> None:
     which = config()
     with pytest.raises(TrainingError, match="the smallest card that holds it"):

@@ -16,6 +16,7 @@ from affina.planning.forecast import card_as
 from affina.planning.memory import BESIDE_TENSORS, MemoryPlan
 from affina.planning.plan import CardPlan, plan_card
 from affina.planning.workload import Workload
+from affina.runs.units import format_bytes
 
 _GIB = 2**30
 
@@ -96,13 +97,13 @@ def _refusal(
 ) -> TrainingError:
     tensors = [component for component in memory.components if component.name not in BESIDE_TENSORS]
     largest = sorted(tensors, key=lambda component: component.num_bytes, reverse=True)[:3]
-    parts = ", ".join(f"{component.name} {component.num_bytes / _GIB:.2f}" for component in largest)
+    parts = ", ".join(f"{component.name} {format_bytes(component.num_bytes)}" for component in largest)
     is_own_limit = device.free_bytes is None or limit < device.free_bytes
     is_capped = device.is_capped and not is_own_limit
     where = "engine.memory allows" if is_own_limit else "this process may take" if is_capped else "free are"
     if changes:
         settings = ", ".join(f"{change.path}: {change.value}" for change in changes)
-        fix = f"write {settings}: then it needs {(needed_bytes or 0) / _GIB:.2f} GiB"
+        fix = f"write {settings}: then it needs {format_bytes(needed_bytes or 0)}"
     else:
         larger = [card for card in gpus().values() if card.memory_bytes > memory.peak_bytes]
         fix = f"the smallest card that holds it: {larger[0].title}" if larger else "take a smaller model"
@@ -112,7 +113,7 @@ def _refusal(
             fix = f"raise this process's share of the card (torch.cuda.set_per_process_memory_fraction); {fix}"
     return TrainingError(
         "memory-too-small",
-        f"this run needs {memory.allocated_bytes / _GIB:.2f} GiB on {device.name}, {where} {limit / _GIB:.2f}",
+        f"this run needs {format_bytes(memory.allocated_bytes)} on {device.name}, {where} {format_bytes(limit)}",
         why=f"its largest parts: {parts}; layers keep {memory.keeps}",
         fix=f"{fix}; `affina plan` shows every part",
     )
