@@ -90,6 +90,20 @@ def test_a_small_model_is_refused_with_figures_that_can_be_read() -> None:
     assert "0.0" not in str(error.value)
 
 
+def test_the_least_memory_is_proposed_before_rows_are_shortened_and_not_instead_of_a_limit() -> None:
+    small = {"quantization": {"method": "nf4"}, "adapter": {"rank": 16}, "evaluation": {"enabled": False}}
+    small["data"] = {"train": "affina/support", "max_length": 2048}
+    which = config(**small)
+    with pytest.raises(TrainingError, match="memory-too-small") as error:
+        admit(which, estimated_workload(which), device(2.6))
+    assert "engine.memory: lowest: then it needs 2.33 GiB" in str(error.value)
+    assert "max_length" not in str(error.value)
+    limited = config(**small, engine={"memory": 2.6})
+    with pytest.raises(TrainingError, match="memory-too-small") as error:
+        admit(limited, estimated_workload(limited), device(78))
+    assert "lowest" not in str(error.value)
+
+
 def test_where_nothing_helps_the_smallest_card_is_named() -> None:
     which = config()
     with pytest.raises(TrainingError, match="the smallest card that holds it"):
