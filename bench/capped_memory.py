@@ -407,8 +407,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     formats = arguments.formats.split(",")
     if unknown := set(formats) - set(FORMATS):
         raise SystemExit(f"unknown formats: {', '.join(sorted(unknown))}; there are {', '.join(FORMATS)}")
+    try:
+        caps = [float(cap) for cap in arguments.caps.split(",")]
+    except ValueError:
+        raise SystemExit(f"--caps are numbers by comma, not {arguments.caps!r}") from None
     with tempfile.TemporaryDirectory() as name:
-        measure(Path(name), arguments, formats, [float(cap) for cap in arguments.caps.split(",")])
+        measure(Path(name), arguments, formats, caps)
 
 
 def measure(folder: Path, arguments: argparse.Namespace, formats: Sequence[str], caps: Sequence[float]) -> None:

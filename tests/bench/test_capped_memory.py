@@ -153,3 +153,5 @@ def test_what_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(capped_memory, "DEVICE", torch.device("cuda"))
     with pytest.raises(SystemExit, match="unknown formats: int2"):
         capped_memory.main(["--formats", "int2"])
+    with pytest.raises(SystemExit, match="--caps are numbers by comma, not 'four'"):
+        capped_memory.main(["--caps", "four"])
