@@ -301,6 +301,62 @@ def long_context(results: Path) -> str:
     return markdown(head, rows) + "\n" + provenance([file])
 
 
+def capped_memory(results: Path) -> str:
+    """What became of each cap; of a refusal, the run with the settings that it proposed."""
+    file = records.read(results / "capped_memory.json")
+    if file is None:
+        return missing("python bench/capped_memory.py")
+    rows = []
+    for record in file["records"]:
+        first = record.get("first") or {}
+        shown = record.get("fix") or first
+        verdict = record["verdict"] if record["verdict"] in _EXPECTED else f"**{record['verdict']}**"
+        name = "16 bits" if record["format"] == "none" else record["format"]
+        proposed = ", ".join(f"`{setting}`" for setting in first.get("proposed") or ())
+        if not shown.get("plan"):
+            proposed = proposed or short_error((first.get("error") or {}).get("what") or record.get("error") or "")
+        rows.append([name, f"{record['cap_gib']:g}", verdict, proposed, *_planned_and_measured(shown)])
+    head = ["base", "cap, GiB", "auto", "proposed, and measured", *_MEASURED]
+    text = markdown(head, rows)
+    if (t4 := file.get("t4")) and "plan" in t4 and t4.get("run"):
+        plan, run = t4["plan"], t4["run"]
+        changes = f" with {', '.join(plan['changes'])}" if plan["changes"] else ""
+        fits = f"fits{changes}" if plan["fits"] or plan["changes"] else "does not fit"
+        row = [
+            fits,
+            f"{plan['allocated_gib']:.2f}",
+            run["outcome"],
+            f"{t4['cap_gib']:.2f}",
+            *_planned_and_measured(run),
+        ]
+        head = ["`affina plan --gpu t4`", "its allocated GiB", "the run", "cap, GiB", *_MEASURED]
+        text += "\nWhat a T4 owner gets:\n\n" + markdown(head, [row])
+    return text + "\n" + provenance([file])
+
+
+_EXPECTED = ("trains", "refuses correctly")
+_MEASURED = (
+    "engine",
+    "planned, allocated GiB",
+    "allocated GiB",
+    "planned, reserved GiB",
+    "reserved GiB",
+    "tokens/s",
+    "repeated leaner",
+    "layers keep",
+)
+
+
+def _planned_and_measured(run: Record) -> list[str]:
+    plan = run.get("plan")
+    if not plan:
+        return [""] * len(_MEASURED)
+    figures = (plan["allocated_gib"], run.get("allocated_gib"), plan["reserved_gib"], run.get("reserved_gib"))
+    cells = ["" if value is None else f"{value:.2f}" for value in figures]
+    speed = thousands(run["tokens_per_second"]) if "tokens_per_second" in run else run["outcome"]
+    return [plan["engine"], *cells, speed, str(run["retries"]), plan["keeps"]]
+
+
 def leak(results: Path) -> str:
     file = records.read(results / "leak.json")
     if file is None:
@@ -354,6 +410,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "parity": parity,
     "loss-curves": loss_curves,
     "long-context": long_context,
+    "capped-memory": capped_memory,
     "leak": leak,
     "sanitizer": sanitizer,
 }

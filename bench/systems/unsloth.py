@@ -15,21 +15,8 @@ os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="
 
 WRITE = """
 import json, sys
-from systems.common import random_model
-spec, folder = json.loads(sys.argv[1]), sys.argv[2]
-random_model(spec).save_pretrained(folder)
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-tokenizer.decoder = decoders.ByteLevel()
-fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-    additional_special_tokens=["<|im_start|>"],
-)
-fast.chat_template = "{% for m in messages %}<|im_start|>{{m.role}}\\n{{m.content}}<|im_end|>\\n{% endfor %}"
-fast.save_pretrained(folder)
+from systems.checkpoints import write_checkpoint
+write_checkpoint(json.loads(sys.argv[1]), sys.argv[2])
 """
 
 

@@ -330,7 +330,7 @@ def _admit(settings: RunConfig, run: RunDirectory, data: RunData) -> CardPlan | 
         )
     )
     memory = device_memory(settings.training.device)
-    device = Device(memory.name, memory.capability, memory.total_bytes, memory.free_bytes)
+    device = Device(memory.name, memory.capability, memory.total_bytes, memory.free_bytes, memory.is_capped)
     plan = admit(settings, workload, device)
     if plan is not None:
         run.update_manifest({"plan": planned_record(plan)})
@@ -362,10 +362,15 @@ def _train_model(
     callbacks: Sequence[Callback],
     announcements: Sequence[tuple[str, str]],
 ) -> tuple[LoadedModel, TrainingOutcome]:
-    from affina.models.build import load_for_training
-    from affina.training.run import describe_environment, run_training
+    import torch
 
-    loaded = load_for_training(settings)
+    from affina.models.build import load_for_training
+    from affina.training.run import describe_environment, out_of_memory, run_training
+
+    try:
+        loaded = load_for_training(settings)
+    except torch.OutOfMemoryError as error:  # another process took what was free, or what is not counted needs more
+        raise out_of_memory(settings, error, "while the model was loaded") from error
     run.update_manifest({"environment": describe_environment(loaded.device_name), "base": loaded.identity})
     observers = Observers([RunFiles(run), *callbacks])
     for kind, message in announcements:

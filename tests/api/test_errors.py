@@ -376,6 +376,24 @@ def test_memory_that_runs_out_is_answered_with_settings_of_the_same_effective_ba
     assert affina.train(advised).steps == 5
 
 
+def test_memory_that_runs_out_while_the_model_is_loaded_is_an_error_with_advice_and_not_a_bug(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(config: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. 1.12 GiB is free.")
+
+    config = make_config(tiny_model_folder, chats_file, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("affina.models.build.load_for_training", loading)
+        with pytest.raises(TrainingError, match="out-of-memory") as caught:
+            affina.train(config)
+    assert caught.value.what == "the device ran out of memory while the model was loaded"
+    assert caught.value.why == "Tried to allocate 2.00 GiB. 1.12 GiB is free."
+    assert "engine.memory: lowest" in caught.value.fix
+    assert RunDirectory(tmp_path / "runs" / "first").read_manifest()["error"]["code"] == "out-of-memory"
+    assert affina.train(config).steps > 0, "it took no step: its name is free"
+
+
 def test_memory_that_runs_out_names_every_setting_that_saves_some(
     tiny_model_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

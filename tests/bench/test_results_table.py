@@ -159,3 +159,29 @@ def test_a_page_that_differs_is_reported_and_written(tmp_path: Path, capsys: pyt
     assert page.read_text().endswith("after\n")
     with pytest.raises(SystemExit, match="there is no table 'leaks'"):
         rendered("<!-- table: leaks -->\n<!-- end: leaks -->", tmp_path)
+
+
+def test_caps_show_their_verdict_and_what_the_proposed_settings_took(tmp_path: Path) -> None:
+    from results_table import capped_memory
+
+    assert capped_memory(tmp_path) == "Not measured yet: `python bench/capped_memory.py`.\n"
+    plan = {"engine": "fast", "keeps": "36 × input", "allocated_gib": 3.9, "reserved_gib": 4.0}
+    ran = {"outcome": "trained", "plan": plan, "allocated_gib": 3.85, "reserved_gib": 3.95, "retries": 1}
+    ran |= {"tokens_per_second": 4321.0}
+    refused = {"outcome": "refused", "plan": None, "proposed": ["quantization.method=nf4"], "error": {"what": "no"}}
+    failed = {"outcome": "failed", "plan": None, "error": {"what": "it broke"}}
+    found = [
+        {"format": "nf4", "cap_gib": 4.0, "verdict": "trains", "first": ran},
+        {"format": "none", "cap_gib": 8.0, "verdict": "refuses correctly", "first": refused, "fix": ran},
+        {"format": "none", "cap_gib": 12.0, "verdict": "fails", "first": failed},
+        {"format": "none", "cap_gib": 16.0, "verdict": "not run", "timed_out": True, "error": "no time was left"},
+    ]
+    t4 = {"plan": {"fits": True, "changes": [], "allocated_gib": 9.1}, "run": ran, "cap_gib": 14.06}
+    write(tmp_path, "capped_memory", {"device": "a card", "records": found, "t4": t4})
+    table = capped_memory(tmp_path)
+    measured = "fast | 3.90 | 3.85 | 4.00 | 3.95 | 4,321 | 1 | 36 × input |"
+    assert f"| nf4 | 4 | trains |  | {measured}" in table
+    assert f"| 16 bits | 8 | refuses correctly | `quantization.method=nf4` | {measured}" in table
+    assert "| 16 bits | 12 | **fails** | it broke |" in table
+    assert "| 16 bits | 16 | **not run** | no time was left |" in table
+    assert f"| fits | 9.10 | trained | 14.06 | {measured}" in table

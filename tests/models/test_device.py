@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from affina.catalog.fused_choice import RESERVE_SHARE
 from affina.errors import ModelError
 from affina.kernels import fp8
 from affina.models import device as device_module
 from affina.models.device import (
+    DeviceMemory,
     check_fp8,
     choose_device,
     choose_precision,
     describe_device,
+    device_memory,
+    free_bytes,
     has_fast_bfloat16,
     memory_stats,
+    process_cap_bytes,
 )
+from affina.models.fast.memory import step_budget_bytes
 
 CPU = torch.device("cpu")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -125,3 +133,78 @@ def test_a_device_without_8_bit_floats_is_refused_with_what_works(monkeypatch):
     assert caught.value.code == "fp8-unsupported"
     assert "Apple GPU (Metal) has no 8-bit floating point" in caught.value.what
     assert "quantization: int8" in caught.value.fix
+
+
+# What is free on a card
+# ----------------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card of 80 GiB with 60 free, of which this process has reserved 5 and uses 3; `card["fraction"]` is its cap."""
+    state = {"fraction": 1.0, "free": 60 * GIB, "reserved": 5 * GIB, "allocated": 3 * GIB}
+    properties = type("Properties", (), {"name": "NVIDIA H100", "total_memory": 80 * GIB})
+    fakes = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: properties,
+        "get_device_capability": lambda device=None: (9, 0),
+        "mem_get_info": lambda device: (state["free"], 80 * GIB),
+        "memory_reserved": lambda device: state["reserved"],
+        "memory_allocated": lambda device: state["allocated"],
+        "get_per_process_memory_fraction": lambda device: state["fraction"],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+    return state
+
+
+def test_blocks_that_the_allocator_holds_unused_are_free(card):
+    assert free_bytes(CARD) == (60 + 2) * GIB
+    assert process_cap_bytes(CARD) is None
+    assert describe_device(CARD) == "NVIDIA H100 (80.0 GiB)"
+
+
+def test_a_capped_process_has_what_its_cap_leaves_and_not_what_the_card_has(card):
+    card["fraction"] = 0.2  # 16 GiB
+    assert process_cap_bytes(CARD) == 16 * GIB
+    assert free_bytes(CARD) == (16 - 3) * GIB
+    assert device_memory("cuda") == DeviceMemory("NVIDIA H100", (9, 0), 80 * GIB, 13 * GIB, is_capped=True)
+    assert describe_device(CARD) == "NVIDIA H100 (80.0 GiB, 16.0 of them for this process)"
+
+
+def test_a_card_that_others_have_filled_bounds_a_capped_process_too(card):
+    card.update(fraction=0.2, free=4 * GIB)
+    assert free_bytes(CARD) == (4 + 2) * GIB
+    assert not device_memory("cuda").is_capped
+
+
+def test_a_cap_below_what_is_allocated_already_leaves_nothing(card):
+    card["fraction"] = 1 / 80
+    assert free_bytes(CARD) == 0
+
+
+def test_a_torch_that_does_not_tell_its_cap_is_planned_for_the_card(card, monkeypatch):
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")
+    assert process_cap_bytes(CARD) is None
+    assert free_bytes(CARD) == 62 * GIB
+
+
+def test_the_fast_engines_step_is_bounded_by_the_cap_the_card_and_the_users_own_limit(card):
+    share = 1 - RESERVE_SHARE
+    assert step_budget_bytes(CARD, None) == int(62 * GIB * share)
+    card["fraction"] = 0.2
+    assert step_budget_bytes(CARD, None) == int(13 * GIB * share)
+    assert step_budget_bytes(CARD, 10 * GIB) == int(7 * GIB * share)
+    assert step_budget_bytes(CARD, 40 * GIB) == int(13 * GIB * share)
+
+
+def test_no_module_but_one_asks_the_card_what_is_free():
+    source = Path(device_module.__file__).parents[1]
+    askers = {
+        path.relative_to(source).as_posix() for path in source.rglob("*.py") if "mem_get_info" in path.read_text()
+    }
+    assert askers == {"models/device.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,54 @@ def test_a_limit_of_the_users_own_refuses_too_and_is_named() -> None:
     with pytest.raises(TrainingError, match=r"engine\.memory allows 6\.00") as error:
         admit(which, estimated_workload(which), device(78))
     assert "quantization.method: nf4" in str(error.value)
+
+
+def test_a_capped_process_is_told_of_its_cap_and_not_of_a_card_that_has_more_free() -> None:
+    which = config(training={"micro_batch_size": 4, "gradient_accumulation_steps": 2})
+    with pytest.raises(TrainingError, match=r"this process may take 11\.00") as error:
+        admit(which, estimated_workload(which), replace(device(11.0), is_capped=True))
+    assert "then it needs" in str(error.value)
+    with pytest.raises(TrainingError, match="raise this process's share of the card") as error:
+        admit(which, estimated_workload(which), replace(device(1.0), is_capped=True))
+    assert "the smallest card that holds it" in str(error.value)
+    limited = config(engine={"memory": 6.0})
+    with pytest.raises(TrainingError, match=r"engine\.memory allows 6\.00"):
+        admit(limited, estimated_workload(limited), replace(device(11.0), is_capped=True))
+
+
+def test_the_parts_that_a_refusal_names_are_parts_of_what_it_says_is_needed() -> None:
+    # 0.5 GiB of CUDA context would be the third largest, and no tensor.
+    which = config(
+        quantization={"method": "nf4"},
+        adapter={"rank": 8},
+        data={"train": "affina/support", "max_length": 256},
+        training={"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+    )
+    with pytest.raises(TrainingError, match="its largest parts: base weights") as error:
+        admit(which, estimated_workload(which), device(1.0))
+    assert "CUDA context" not in str(error.value)
+    assert "allocator slack" not in str(error.value)
+
+
+def test_a_small_model_is_refused_with_figures_that_can_be_read() -> None:
+    which = load_mapping({"extends": "laptop", "engine": {"memory": 0.02}, "training": {"device": "cpu"}}).config
+    with pytest.raises(TrainingError, match=r"needs \d+ MiB on cpu, engine\.memory allows 20 MiB") as error:
+        admit(which, estimated_workload(which), Device("cpu"))
+    assert "0.0" not in str(error.value)
+
+
+def test_the_least_memory_is_proposed_before_rows_are_shortened_and_not_instead_of_a_limit() -> None:
+    small = {"quantization": {"method": "nf4"}, "adapter": {"rank": 16}, "evaluation": {"enabled": False}}
+    small["data"] = {"train": "affina/support", "max_length": 2048}
+    which = config(**small)
+    with pytest.raises(TrainingError, match="memory-too-small") as error:
+        admit(which, estimated_workload(which), device(2.6))
+    assert "engine.memory: lowest: then it needs 2.33 GiB" in str(error.value)
+    assert "max_length" not in str(error.value)
+    limited = config(**small, engine={"memory": 2.6})
+    with pytest.raises(TrainingError, match="memory-too-small") as error:
+        admit(limited, estimated_workload(limited), device(78))
+    assert "lowest" not in str(error.value)
 
 
 def test_where_nothing_helps_the_smallest_card_is_named() -> None:

@@ -220,6 +220,37 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_and_gives_the_same
     assert short.recorder.events == [("out-of-memory-recovered", text)] * 2
 
 
+def test_a_validation_that_runs_out_of_memory_is_repeated_too() -> None:
+    toy = Toy()
+    failures = [torch.OutOfMemoryError("too large")]
+
+    def validate() -> Validation:
+        assert not toy.model.training
+        if failures:
+            raise failures.pop()
+        return Validation(0.5)
+
+    toy.validate = validate
+    state = toy.run(2, make_room=lambda: "less")
+    text = "the validation ran out of memory and is repeated with more recomputation: layers keep less"
+    assert toy.recorder.events == [("out-of-memory-recovered", text)]
+    assert state.best_validation_loss == 0.5
+    assert toy.model.training
+
+
+def test_a_validation_for_which_nothing_is_left_to_save_ends_the_run() -> None:
+    toy = Toy()
+
+    def validate() -> Validation:
+        raise torch.OutOfMemoryError("too large")
+
+    toy.validate = validate
+    room = ["less"]
+    with pytest.raises(torch.OutOfMemoryError):
+        toy.run(2, make_room=lambda: room.pop() if room else None)
+    assert not room
+
+
 def test_out_of_memory_with_nothing_left_to_save_ends_the_run() -> None:
     toy = Toy()
     room = ["less"]

@@ -43,10 +43,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """`NVIDIA H100 (79.1 GiB)` or `CPU (2 threads)`: what training says first."""
+    """`NVIDIA H100 (79.1 GiB)` or `CPU (2 threads)`: what training says first. A cap of the process is said too."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name} ({properties.total_memory / 2**30:.1f} GiB)"
+        cap = process_cap_bytes(device)
+        share = f", {cap / 2**30:.1f} of them for this process" if cap is not None else ""
+        return f"{properties.name} ({properties.total_memory / 2**30:.1f} GiB{share})"
     if device.type == "mps":
         return "Apple GPU (Metal)"
     return f"CPU ({torch.get_num_threads()} threads)"
@@ -135,12 +137,17 @@ def _mps_has_bfloat16() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device by name, capability (CUDA) and bytes; None where the device has no memory of its own to count."""
+    """A device by name, capability (CUDA) and bytes; None where the device has no memory of its own to count.
+
+    free_bytes: that tensors of this process can still take
+    is_capped:  these are fewer than the card has free, because the process's allocator has a limit of its own
+    """
 
     name: str
     capability: tuple[int, int] | None
     total_bytes: int | None
     free_bytes: int | None
+    is_capped: bool = False
 
 
 def device_memory(name: str = "auto") -> DeviceMemory:
@@ -148,10 +155,10 @@ def device_memory(name: str = "auto") -> DeviceMemory:
     device = choose_device(name)
     if device.type != "cuda" or torch.version.hip is not None:
         return DeviceMemory(device.type, None, None, None)
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     properties = torch.cuda.get_device_properties(device)
-    return DeviceMemory(properties.name, torch.cuda.get_device_capability(device), total, free + unused)
+    capability = torch.cuda.get_device_capability(device)
+    free, total = free_bytes(device), torch.cuda.mem_get_info(device)[1]
+    return DeviceMemory(properties.name, capability, total, free, is_capped=free < _free_on_card(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +183,35 @@ def memory_stats(device: torch.device) -> MemoryStats:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the card, or of the machine's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    """Bytes that tensors of this process can still take: of the card, or of the machine's memory.
+
+    On a card the smaller of what is free there, the allocator's own unused blocks included, and what the process's cap
+    leaves. Everything that plans for, admits to or fills a device asks here, so that all act on one number.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, cap = _free_on_card(device), process_cap_bytes(device)
+    return free if cap is None else max(0, min(free, cap - torch.cuda.memory_allocated(device)))
+
+
+def process_cap_bytes(device: torch.device) -> int | None:
+    """The most that this process's allocator may reserve on a card, the CUDA context not counted; None: no limit.
+
+    Set by `torch.cuda.set_per_process_memory_fraction`, or by PYTORCH_CUDA_ALLOC_CONF where torch reads it from there.
+    The allocator compares the cap with what it has reserved, and returns unused blocks before it gives up: tensors may
+    take cap − allocated. A torch that cannot say what was set counts as without limit.
+    """
+    fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    if device.type != "cuda" or fraction_of is None:
+        return None
+    fraction = float(fraction_of(device))
+    return int(fraction * torch.cuda.get_device_properties(device).total_memory) if fraction < 1 else None
+
+
+def _free_on_card(device: torch.device) -> int:
+    """Free bytes of a card, and those that this process's allocator holds without using them."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
 
 
 def reset_peak_memory(device: torch.device) -> None:

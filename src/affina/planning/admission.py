@@ -13,9 +13,10 @@ from affina.planning.build import model_config, shape_of, why_unplanned
 from affina.planning.coefficients import coefficients_for, learn, shipped_coefficients
 from affina.planning.fit import Change, apply, memory_of, smallest_changes, workload_after
 from affina.planning.forecast import card_as
-from affina.planning.memory import MemoryPlan
+from affina.planning.memory import BESIDE_TENSORS, MemoryPlan
 from affina.planning.plan import CardPlan, plan_card
 from affina.planning.workload import Workload
+from affina.runs.units import format_bytes
 
 _GIB = 2**30
 
@@ -26,12 +27,14 @@ class Device:
 
     name:       as the driver reports it; "cpu" for a CPU
     free_bytes: for tensors, what the CUDA context takes being taken already; None: unknown or unlimited
+    is_capped:  the card has more free, and this process's allocator may not take it
     """
 
     name: str
     capability: tuple[int, int] | None = None
     total_bytes: int | None = None
     free_bytes: int | None = None
+    is_capped: bool = False
 
     def card(self) -> Gpu | None:
         """The catalog's card for it, with the memory that is free; None: a CPU."""
@@ -92,20 +95,25 @@ def _refusal(
     limit: int,
     device: Device,
 ) -> TrainingError:
-    largest = sorted(memory.components, key=lambda component: component.num_bytes, reverse=True)[:3]
-    parts = ", ".join(f"{component.name} {component.num_bytes / _GIB:.2f}" for component in largest)
-    where = "engine.memory allows" if device.free_bytes is None or limit < device.free_bytes else "free are"
+    tensors = [component for component in memory.components if component.name not in BESIDE_TENSORS]
+    largest = sorted(tensors, key=lambda component: component.num_bytes, reverse=True)[:3]
+    parts = ", ".join(f"{component.name} {format_bytes(component.num_bytes)}" for component in largest)
+    is_own_limit = device.free_bytes is None or limit < device.free_bytes
+    is_capped = device.is_capped and not is_own_limit
+    where = "engine.memory allows" if is_own_limit else "this process may take" if is_capped else "free are"
     if changes:
         settings = ", ".join(f"{change.path}: {change.value}" for change in changes)
-        fix = f"write {settings}: then it needs {(needed_bytes or 0) / _GIB:.2f} GiB"
+        fix = f"write {settings}: then it needs {format_bytes(needed_bytes or 0)}"
     else:
         larger = [card for card in gpus().values() if card.memory_bytes > memory.peak_bytes]
         fix = f"the smallest card that holds it: {larger[0].title}" if larger else "take a smaller model"
         if isinstance(config.engine.memory, float):
             fix = f"raise engine.memory; {fix}"
+        elif is_capped:
+            fix = f"raise this process's share of the card (torch.cuda.set_per_process_memory_fraction); {fix}"
     return TrainingError(
         "memory-too-small",
-        f"this run needs {memory.allocated_bytes / _GIB:.2f} GiB on {device.name}, {where} {limit / _GIB:.2f}",
+        f"this run needs {format_bytes(memory.allocated_bytes)} on {device.name}, {where} {format_bytes(limit)}",
         why=f"its largest parts: {parts}; layers keep {memory.keeps}",
         fix=f"{fix}; `affina plan` shows every part",
     )

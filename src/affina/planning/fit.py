@@ -14,6 +14,7 @@ from typing import Any
 
 from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.catalog.gpus import Gpu
+from affina.catalog.methods import method_named
 from affina.catalog.shapes import ModelShape
 from affina.config.derive import with_value
 from affina.config.schema import RunConfig
@@ -101,6 +102,10 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
         if base:
             yield (*base, fewer)
         yield (*least, *optimizer, fewer)
+    lowest = tuple(_lowest(config)) if may_quantize else ()
+    if lowest:
+        yield (*least, *lowest)
+        least = (*least, *lowest)
     length = config.data.max_length
     while length > _SHORTEST_LENGTH:
         length //= 2
@@ -145,6 +150,13 @@ def _fewer_replies(config: RunConfig) -> Iterator[Change]:
 def _smaller_optimizer(config: RunConfig) -> Iterator[Change]:
     if config.training.optimizer == "adamw":
         yield Change("training.optimizer", "adamw_8bit", "2 instead of 8 bytes of state per trained parameter")
+
+
+def _lowest(config: RunConfig) -> Iterator[Change]:
+    """Under a limit of the user's own there is no such change: it is another value of the same setting."""
+    if config.engine.memory == "auto" and not method_named(config.adapter.method).trains_vocabulary:
+        why = "embedding and head in 8 bits, every layer recomputed, adapter and optimiser in main memory: slower"
+        yield Change("engine.memory", "lowest", why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ from affina.planning.host_memory import PROCESS_BYTES, host_adapter_bytes, loadi
 from affina.planning.setup import StepSetup, fused_row, reference_row
 from affina.planning.static_memory import adapter_on_host, optimizer_bytes, static_bytes
 
+_CONTEXT, _SLACK = "CUDA context", "allocator slack"
+BESIDE_TENSORS = (_CONTEXT, _SLACK)
+"""Names of the components that `MemoryPlan.allocated_bytes` does not count."""
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
@@ -281,8 +285,8 @@ def _assemble(
         Component("adapter", static["adapter"], adapter),
         Component("expansion", static["expansion"], "room to expand weights and for low-rank products"),
         *parts,
-        Component("CUDA context", context, "driver, kernels and libraries"),
-        Component("allocator slack", slack_bytes, "rounding and fragmentation"),
+        Component(_CONTEXT, context, "driver, kernels and libraries"),
+        Component(_SLACK, slack_bytes, "rounding and fragmentation"),
     ]  # fmt: skip
     total = needed + slack_bytes + context
     capacity = capacity_bytes(setup, coefficients)

@@ -111,7 +111,7 @@ def train(
 ) -> TrainState:
     """Train `parameters`, with the gradients that `objective` on `model` gives them, from `state.step` on.
 
-    make_room: called when memory runs out in a step; frees some and says how, or returns None
+    make_room: called when memory runs out in a step or a validation; frees some and says how, or returns None
 
     Returns `state` with `stop_reason` set. The last step is validated and saved, also after a stop request.
 
@@ -133,7 +133,7 @@ def train(
             step=state.step,
             loss_scale=loss_scale.scale,
             begin=lambda: seed_step(settings.seed, state.step),
-            make_room=lambda: _make_room(make_room, optimizer, observers, state.step),
+            make_room=lambda: _make_room(make_room, optimizer, observers, state.step + 1, f"step {state.step + 1}"),
             regularization=method_step.regularization if method_step is not None else None,
         )
         learning_rate = schedule(state.step)
@@ -176,7 +176,10 @@ def train(
             )
         is_best = False
         if validate is not None and (is_last or _is_due(state.step, settings.evaluate_every_steps)):
-            is_best = _validate(model, validate, state, epoch, settings, observers)
+            measured = _validate(
+                model, validate, lambda: _make_room(make_room, optimizer, observers, state.step, "the validation")
+            )
+            is_best = _judge(measured, state, epoch, settings, observers)
         if state.stop_reason is None and state.step < settings.num_steps and stop_requested():
             state.stop_reason = "interrupted"
         is_save_due = _is_due(state.step, settings.save_every_steps) or (settings.save_best and is_best)
@@ -271,17 +274,21 @@ def accumulate(
 
 
 def _make_room(
-    make_room: Callable[[], str | None] | None, optimizer: torch.optim.Optimizer, observers: Observers, step: int
+    make_room: Callable[[], str | None] | None,
+    optimizer: torch.optim.Optimizer,
+    observers: Observers,
+    step: int,
+    what: str,
 ) -> bool:
-    """Whether a step that ran out of memory can be repeated with less; says how."""
+    """Whether `what` ran out of memory and can be repeated with less; says how. Drops gradients."""
     optimizer.zero_grad(set_to_none=True)
     kept = make_room() if make_room is not None else None
     if kept is None:
         return False
     observers.event(
         "out-of-memory-recovered",
-        f"step {step + 1} ran out of memory and is repeated with more recomputation: layers keep {kept}",
-        step=step + 1,
+        f"{what} ran out of memory and is repeated with more recomputation: layers keep {kept}",
+        step=step,
     )
     return True
 
@@ -316,22 +323,26 @@ def _count_skip(
         )
 
 
-def _validate(
-    model: nn.Module,
-    validate: Callable[[], Validation],
-    state: TrainState,
-    epoch: float,
-    settings: LoopSettings,
-    observers: Observers,
-) -> bool:
-    """Measure the validation loss and remember the best; stop early when it has not improved for too long.
+def _validate(model: nn.Module, validate: Callable[[], Validation], make_room: Callable[[], bool]) -> Validation:
+    """The validation, repeated when memory ran out and `make_room` found some: captured rows hold theirs until then."""
+    model.eval()
+    while True:
+        try:
+            measured = validate()
+            model.train()
+            return measured
+        except torch.OutOfMemoryError:
+            if not make_room():
+                raise
+        torch.cuda.empty_cache()
+
+
+def _judge(measured: Validation, state: TrainState, epoch: float, settings: LoopSettings, observers: Observers) -> bool:
+    """Remember the best validation loss; stop early when it has not improved for too long.
 
     Returns whether this loss is the best so far.
     """
-    model.eval()
-    measured = validate()
     loss = measured.loss
-    model.train()
     is_best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
     if is_best:
         state.best_validation_loss, state.best_step, state.num_validations_without_gain = loss, state.step, 0

@@ -203,7 +203,7 @@ def run_training(
             )
         writer.require_last_written()
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(config, error) from error
+        raise out_of_memory(config, error) from error
     finally:
         observers.end({"step": state.step, "stop_reason": state.stop_reason})
     saved_step = state.step
@@ -402,7 +402,8 @@ def _build_validator(
     return validate
 
 
-def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
+def out_of_memory(config: RunConfig, error: torch.OutOfMemoryError, when: str = "in a training step") -> TrainingError:
+    """The error of a run that the device cannot hold, with what would take less."""
     training, method = config.training, method_named(config.adapter.method)
     advice = []
     if training.micro_batch_size > 1:
@@ -420,7 +421,7 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
     advice.append(f"data.max_length: {config.data.max_length // 2}")
     return TrainingError(
         "out-of-memory",
-        "the device ran out of memory in a training step",
+        f"the device ran out of memory {when}",
         why=str(error).splitlines()[0],
         fix="start a new run with one of: " + "; ".join(advice),
     )

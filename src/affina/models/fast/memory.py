@@ -12,6 +12,7 @@ from affina.catalog.fused_choice import RESERVE_SHARE, WORKSPACE_BYTES, StepChoi
 from affina.catalog.fused_memory import LONG_DOCUMENT, FusedRow, Products
 from affina.catalog.save_policy import Keep, SavePolicy
 from affina.kernels.linear_cross_entropy import default_chunk_rows
+from affina.models.device import free_bytes
 from affina.models.fast.build import largest_ranks
 from affina.models.fast.decoder import Decoder
 from affina.models.fast.fp8 import Fp8Stack
@@ -23,19 +24,17 @@ _HOST_SHARE = 0.4
 """Of a computer's memory, for pinned copies of what layers keep: pinned memory is never paged out."""
 
 
-def free_bytes(device: torch.device, budget_bytes: int | None) -> int:
-    """Bytes that tensors may still take on `device`, the allocator's own unused blocks included.
+def step_budget_bytes(device: torch.device, budget_bytes: int | None) -> int:
+    """Bytes of `device` that a step may take beside what tensors hold now.
 
     budget_bytes: of the whole process; None: what the device has
     """
+    free = free_bytes(device)
     if device.type != "cuda":
-        free = int(psutil.virtual_memory().available * _CPU_SHARE)
+        free = int(free * _CPU_SHARE)
         return free if budget_bytes is None else min(free, budget_bytes)
-    used = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - used
-    free = torch.cuda.mem_get_info(device)[0] + unused
     if budget_bytes is not None:
-        free = min(free, budget_bytes - used)
+        free = min(free, budget_bytes - torch.cuda.memory_allocated(device))
     return int(free * (1 - RESERVE_SHARE))
 
 
@@ -101,7 +100,7 @@ def choose_for_device(
     return choose_step(
         row_of(decoder, num_tokens, longest=longest),
         demand,
-        budget_bytes=free_bytes(device, budget_bytes) + workspaces,
+        budget_bytes=step_budget_bytes(device, budget_bytes) + workspaces,
         recompute=recompute,
         may_offload=is_gpu,
         may_capture=is_gpu and may_capture,
