@@ -150,7 +150,16 @@ def _model_table(content: Content, found: Mapping[Any, Group], model: str, tasks
     title = f"**{model}**"
     if base is not None:
         accuracies = [f"{100 * base['tasks'][task]['accuracy']:.1f}" if task in base["tasks"] else "" for task in tasks]
-        rows.append(["the base", "0", "0", *accuracies, *["100"] * len(tasks), *[""] * 4])
+        rows.append(
+            [
+                "the base",
+                "0",
+                "0",
+                *accuracies,
+                *["100" if base.get("num_skills_right") else "no test"] * len(tasks),
+                *[""] * 4,
+            ]
+        )
         if "num_skills" in base:
             title += f" (its own skills: {base['num_skills_right']} of {base['num_skills']} before)"
     steps = next(group for key, group in found.items() if key[0] == model).records[0]["steps"]
@@ -214,7 +223,7 @@ def claims_table(content: Content) -> str:
                     f"`{claim.second}` {_accuracy(second)}",
                     ratio.text() if ratio else "",
                     difference.text(sign=True) if difference else "",
-                    verdict(claim, ratio),
+                    verdict(claim, ratio) if ratio or difference is None else "no ratio to 0%",
                 ]
             )
     head = ["claim", "where", "accuracy, %", "against, %", "ratio, %", "difference, points", "so"]

@@ -238,6 +238,13 @@ def test_tables_show_means_intervals_and_what_is_missing(tmp_path: Path) -> None
     assert "| `ia3` not measured | `full` 80.0 |  |  | not measured |" in claims
 
 
+def test_a_ratio_to_nothing_is_said_to_be_none() -> None:
+    from methods_report import claims_table
+
+    table = claims_table(content_of(run("lora", 0, 0.5), run("full", 0, 0.0)))
+    assert "| `lora` 50.0 | `full` 0.0 |  | +50.0 | no ratio to 0% |" in table
+
+
 def test_figures_name_every_variant_once_in_each_panel(tmp_path: Path) -> None:
     from methods import VARIANTS
     from methods_report import draw

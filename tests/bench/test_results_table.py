@@ -22,7 +22,7 @@ def write(folder: Path, name: str, content: Any) -> None:
 
 
 def test_every_page_is_what_the_raw_files_give() -> None:
-    from results_table import PAGES, _MARKED, figures_folder, rendered
+    from results_table import _MARKED, PAGES, figures_folder, rendered
 
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
