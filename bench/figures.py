@@ -10,7 +10,7 @@ from affina.evaluation.charts import Series, line_chart
 
 WIDTH = 760
 _TITLE_HEIGHT = 26
-_STYLE = """
+STYLE = """
 svg { font: 11px system-ui, sans-serif; }
 rect.page { fill: #fff; } text { fill: #333; } text.title { font-weight: 600; font-size: 13px; }
 .grid { stroke: #ddd; } .line { fill: none; stroke-width: 1.6; } .crosshair { display: none; }
@@ -58,6 +58,6 @@ def figure(panels: Sequence[Panel], *, colours: Mapping[str, str], x_unit: str) 
         top += _TITLE_HEIGHT + panel.height
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}">'
-        f'<style>{_STYLE}{" ".join(styles)}</style><rect class="page" width="{WIDTH}" height="{top}"/>'
+        f'<style>{STYLE}{" ".join(styles)}</style><rect class="page" width="{WIDTH}" height="{top}"/>'
         f"{''.join(parts)}</svg>\n"
     )

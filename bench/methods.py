@@ -1,171 +1,73 @@
 """Every adapter method on two tasks: what it learns, what it costs, and what the base forgets.
 
-    python bench/methods.py --seconds 3000 [--methods lora,dora] [--seeds 0,1,2] [--model affina/nano] [--device cuda]
+    python bench/methods.py --device cuda --jobs 14 --seconds 400 [--model affina/nano,FOLDER] [--variants lora,dora]
+                            [--seeds 0,1,2] [--steps 200] [--results bench/results/methods.json]
 
-For each method and task a small sweep of the learning rate comes first: the method's registered rate and a third and
-three times of it, with seed 100, on half of the steps, chosen by validation loss. Then the seeds, at that rate, on all
-steps. Tasks: `support`, the quickstart's (replies about affina and requests filed as JSON, 124 held out), and `ledger`,
-made here from a fixed seed: a sentence about a payment becomes a line of a ledger under rules that no model knows
-beforehand (800 to learn, 120 held out). Forgetting is exact-match accuracy on the model's own skill test (of
-affina/nano: 224 items of its pre-training's skills, skills.jsonl), before and after; other models have none.
+A variant is a method with its registered settings, or one of four more: `lora-qv` (LoRA on the queries and values
+alone), `lora-nf4` (QLoRA), `lora-int8`; `loftq` is on NF4, as it always is. All compute with the reference engine.
 
-It has not been run to the end on any machine yet: there is no bench/results/methods.json, and affina claims nothing
-about which method learns most. The file gets one record per method, task, model and seed, and the sweep; it is written
-after each run, and a later call goes on where it stopped. Accuracies carry Wilson intervals over records (95%);
-`bench/methods.py --summary` prints means over seeds with the intervals of Student's t over seeds.
+For each variant, task and model a sweep of the learning rate comes first: the registered rate and a third and three
+times of it, with seed 100, on half of the steps, chosen by validation loss; where the best is at an edge, one and then
+another rate beyond it. The registered rate is the preset `laptop`'s times the method's factor, times 256 over the
+model's width: the preset's is for affina/nano. Then the seeds, at the best rate, on all steps. Tasks: `support`, the
+quickstart's (replies about affina and requests filed as JSON, 124 held out), and `ledger`, made here from a fixed seed:
+a sentence about a payment becomes a line of a ledger under rules that no model knows beforehand (800 to learn, 120 held
+out). Forgetting is exact-match accuracy on the model's own skill test (skills.jsonl beside the weights; of affina/nano
+224 items of its pre-training's skills), divided by the base's, which is measured once per model.
+
+`--jobs`: so many processes share the work, of one thread each: a run on a small model waits for the host, not for the
+device. A record's seconds are those of a shared machine and mean nothing. Time per token and peak memory are measured
+afterwards, in `--speed-seconds` at the end, by one process alone: 15 steps on `support` for each variant, the median of
+the last ten.
+
+The file gets one record per method, task, model and seed, the sweeps, the bases and the errors; it is written after
+each result, and a later call goes on where one stopped and tries again what failed. The variants that answer a claim
+come first, each with its sweeps and all its seeds. What the figures say: bench/methods_report.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import random
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "methods.json"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import records  # noqa: E402
+from method_runs import (  # noqa: E402
+    CLAIM_VARIANTS,
+    KEYS,
+    TASKS,
+    VARIANTS,
+    Job,
+    Record,
+    Settings,
+    config_of,
+    model_name,
+    work,
+    write_ledger,
+)
+from workers import Outcome, share_work  # noqa: E402
+
+RESULTS = records.RESULTS / "methods.json"
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
+MAX_RATES = 5
+HIGHEST_RATE = 0.9
+NANO_WIDTH = 256
 SWEEP_SEED = 100
-TASKS = ("support", "ledger")
-# Two-sided 95% points of Student's t with n − 1 degrees of freedom.
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-Record = dict[str, Any]
+SPEED_STEPS = 15
 
 
-def ledger(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Payments in words, and their lines: NAME|cents with a check digit|month as a letter."""
-    rng = random.Random(seed)
-    names = ("Anna", "Bruno", "Carla", "Dario", "Elena", "Fabio", "Greta", "Hugo", "Ines", "Jonas")
-    things = ("coffee", "a bike", "two chairs", "the rent", "a ticket", "books", "a lamp", "bread")
-    months = ("January", "February", "March", "April", "May", "June", "July", "August", "September")
-    for _ in range(count):
-        name, thing, month = rng.choice(names), rng.choice(things), rng.choice(months)
-        amount = rng.randrange(1, 100)
-        prompt = f"{name} paid {amount} euros for {thing} in {month}."
-        reply = f"{name.upper()}|{amount}00-{(amount // 10 + amount) % 10}|{chr(ord('A') + months.index(month))}"
-        yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
-
-
-def write_ledger(folder: Path) -> tuple[Path, Path]:
-    """Training and validation files; no prompt is in both."""
-    records = {record["messages"][0]["content"]: record for record in ledger(7, 3000)}
-    chosen = list(records.values())[:920]
-    paths = folder / "train.jsonl", folder / "validation.jsonl"
-    for path, part in zip(paths, (chosen[:800], chosen[800:]), strict=True):
-        path.write_text("".join(json.dumps(record) + "\n" for record in part))
-    return paths
-
-
-def config_of(task: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    data: dict[str, Any] = {"max_length": 512}
-    if task == "support":
-        data |= {"train": "affina/support", "validation": [{"path": "affina/support", "split": "validation"}]}
-    else:
-        train, validation = write_ledger(folder)
-        data |= {"train": str(train), "validation": str(validation)}
-    return {
-        "extends": "laptop",
-        "model": arguments.model,
-        "quantization": "none",
-        "data": data,
-        "training": {"device": arguments.device},
-        "evaluation": {"max_new_tokens": 96, "max_generations": arguments.max_generations},
-    }
-
-
-def run(
-    method: str, task: str, *, rate: float | None, seed: int, steps: int, evaluate: bool, arguments: argparse.Namespace
-) -> Record:
-    """One training run, and what was measured of it."""
-    import torch
-
-    import affina
-    from affina.catalog.methods import METHODS
-    from affina.evaluation.stats import wilson_interval
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        config = config_of(task, arguments, folder)
-        config["adapter"] = {"method": method}
-        config["training"] |= {"max_steps": steps, "seed": seed, "evaluate_every_steps": max(1, steps // 5)}
-        config["training"] |= {"learning_rate": rate} if rate is not None else {}
-        config["evaluation"]["enabled"] = evaluate
-        config["output"] = {"directory": temporary, "name": "run"}
-        if "nf4" in METHODS[method].trains_on and "dense" not in METHODS[method].trains_on:
-            config["quantization"] = "nf4"
-        used = affina.check(config).config.training.learning_rate
-        result = affina.train(config)
-        record: Record = {
-            "method": method,
-            "task": task,
-            "model": arguments.model,
-            "seed": seed,
-            "steps": result.steps,
-            "learning_rate": used,
-            "quantization": config["quantization"],
-            "num_trainable": result.num_trainable,
-            "share": result.num_trainable / result.num_parameters,
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "microseconds_per_token": 1e6 * result.seconds / result.num_tokens,
-            "best_validation_loss": result.best_validation_loss,
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        if evaluate and result.evaluation is not None:
-            tuned, count = result.evaluation.to_dict()["tuned"], result.evaluation.to_dict()["num_replies"]
-            interval = wilson_interval(tuned["num_right"], count)
-            record |= {"num_right": tuned["num_right"], "num_replies": count, "accuracy": tuned["accuracy"]}
-            record["accuracy_interval"] = [interval.low, interval.high]
-            record["skills"] = skills_kept(result.run, arguments)
-        return record
-
-
-def skills_kept(run_directory: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Exact matches on the base's own skill test, with the adapter off and on; None where there is no such test."""
-    from affina import api
-    from affina.catalog.model_files import resolve_model_folder
-    from affina.data.build import tokenizer_from_config
-    from affina.evaluation.build import decoder
-    from affina.models.adapters import adapter_disabled
-    from affina.models.build import load_for_inference
-    from affina.models.generate import generate
-    from affina.runs.directory import open_run
-
-    path = resolve_model_folder(arguments.model) / "skills.jsonl"
-    if not path.is_file():
-        return None
-    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:: arguments.every_skill_item]
-    directory = open_run(run_directory)
-    config = api._run_config(directory).config
-    loaded = load_for_inference(config, directory.adapter)
-    tokenizer = tokenizer_from_config(config.model)
-    decode = decoder(tokenizer)
-    prompts = [
-        tokenizer.hf.apply_chat_template(
-            item["messages"], tools=item.get("tools"), add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        for item in items
-    ]
-
-    def num_right() -> int:
-        replies = generate(loaded.model, prompts, max_new_tokens=64, stop_ids=tokenizer.end_of_turn_ids, batch_size=32)
-        finals = [decode(reply).rsplit("</think>", 1)[-1].strip() for reply in replies]
-        return sum(final == item["reply"] for final, item in zip(finals, items, strict=True))
-
-    tuned = num_right()
-    with adapter_disabled(loaded.model):
-        base = num_right()
-    return {"num_items": len(items), "base": base, "tuned": tuned}
+# The file, and what is still to do
+# --------------------------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -173,124 +75,235 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content: dict[str, list[Record]] = {"sweep": [], "records": []}
-        if path.is_file():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
+        kinds = ("environments", *KEYS, "errors")
+        self.content: dict[str, list[Record]] = {kind: [] for kind in kinds} | (records.read(path) or {})
+        self.found = {kind: {_keys(kind, record): record for record in self.content[kind]} for kind in KEYS}
 
-    def find(self, kind: str, **keys: Any) -> Record | None:
-        return next((r for r in self.content[kind] if all(r[key] == value for key, value in keys.items())), None)
+    def find(self, job: Job) -> Record | None:
+        return self.found[job.kind].get(_keys(job.kind, job.keys()))
 
     def add(self, kind: str, record: Record) -> None:
+        """Keeps it; the device, the versions and the day are written once for all records that share them."""
+        environment = {key: record.pop(key) for key in ("device", "versions", "date") if key in record}
+        if environment not in self.content["environments"]:
+            self.content["environments"].append(environment)
+        record["environment"] = self.content["environments"].index(environment)
         self.content[kind].append(record)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        if kind in KEYS:
+            self.found[kind][_keys(kind, record)] = record
+        records.write(self.path, self.content)
 
 
-def tuned_rate(method: str, task: str, store: Store, arguments: argparse.Namespace, is_over: Any) -> float | None:
-    """The best rate of the sweep, None when the time is up before it is known."""
+def _keys(kind: str, record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in KEYS[kind])
+
+
+def rates_wanted(registered: float, losses: Mapping[float, float]) -> list[float]:
+    """The learning rates that a sweep still lacks. losses: of the rates that it has, infinite where a run failed"""
+    first = [_rounded(registered * factor) for factor in RATE_FACTORS]
+    if missing := [rate for rate in dict.fromkeys(first) if rate not in losses]:
+        return missing
+    if len(losses) >= MAX_RATES:
+        return []
+    best, rates = best_rate(losses), sorted(losses)
+    if best is None or best == rates[0]:
+        return [_rounded(rates[0] / 3)]
+    beyond = _rounded(rates[-1] * 3)
+    return [beyond] if best == rates[-1] and beyond not in losses else []
+
+
+def best_rate(losses: Mapping[float, float]) -> float | None:
+    """The rate with the lowest loss, None where none has a finite one."""
+    rate = min(losses, key=lambda rate: losses[rate], default=None)
+    return rate if rate is not None and math.isfinite(losses[rate]) else None
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{min(rate, HIGHEST_RATE):.3g}")
+
+
+class Plan:
+    """Which piece of work comes next, and what became of those that ended."""
+
+    def __init__(self, store: Store, arguments: argparse.Namespace) -> None:
+        self.store, self.arguments = store, arguments
+        self.failed: set[Job] = set()
+        self.seconds: dict[Job, float] = {}
+        first = [name for name in arguments.variants if name in CLAIM_VARIANTS]
+        others = [name for name in arguments.variants if name not in CLAIM_VARIANTS]
+        self.order = [(model, name) for names in (first, others) for model in arguments.models for name in names]
+        self.registered = {pair: registered_rate(*pair) for pair in self.order}
+
+    def choose(self, running: Sequence[Job], seconds_left: float) -> Job | None:
+        return next((job for job in self.ready(running) if self.expected_seconds(job) < seconds_left), None)
+
+    def ready(self, running: Sequence[Job]) -> Iterator[Job]:
+        """What can be begun now, in the order in which it should be."""
+
+        def is_open(job: Job) -> bool:
+            return job not in self.failed and job not in running and self.store.find(job) is None
+
+        yield from (job for model in self.arguments.models if is_open(job := Job("base", model)))
+        steps = self.arguments.steps
+        for model, variant in self.order:
+            for task in self.arguments.tasks:
+                is_swept = any(_is_sweep(job, model, variant, task) for job in running)
+                losses = self.losses(model, variant, task)
+                wanted = rates_wanted(self.registered[model, variant], losses)
+                sweep = (Job("sweep", model, variant, task, rate, SWEEP_SEED, sweep_steps(steps)) for rate in wanted)
+                yield from (job for job in sweep if is_open(job))
+                rate = best_rate(losses)
+                if wanted or is_swept or rate is None:
+                    continue
+                runs = (Job("records", model, variant, task, rate, seed, steps) for seed in self.arguments.seeds)
+                yield from (job for job in runs if is_open(job))
+
+    def losses(self, model: str, variant: str, task: str) -> dict[float, float]:
+        """Validation loss by learning rate, as far as the sweep has come."""
+        keys = (model_name(model), variant, task, sweep_steps(self.arguments.steps))
+        failed = {job.rate: math.inf for job in self.failed if _is_sweep(job, model, variant, task)}
+        found = {
+            rate: _finite(record["best_validation_loss"])
+            for (*others, rate), record in self.store.found["sweep"].items()
+            if tuple(others) == keys
+        }
+        return failed | found
+
+    def speed(self) -> Iterator[Job]:
+        """A measurement of each variant that has been trained, at a rate that it was trained with."""
+        rates = {(r["model"], r["variant"]): r["learning_rate"] for r in self.store.content["records"]}
+        for model, variant in self.order:
+            if (rate := rates.get((model_name(model), variant))) is not None:
+                yield Job("speed", model, variant, TASKS[0], rate, 0, SPEED_STEPS)
+
+    def expected_seconds(self, job: Job) -> float:
+        """A tenth more than the longest of its variant, else than the median of its kind and model; 0 for the first."""
+        alike = [done for done in self.seconds if (done.kind, done.model) == (job.kind, job.model)]
+        own = [self.seconds[done] for done in alike if done.variant == job.variant]
+        if own:
+            return 1.1 * max(own)
+        return 1.1 * median(self.seconds[done] for done in alike) if alike else 0.0
+
+    def finish(self, job: Job, outcome: Outcome) -> None:
+        self.seconds[job] = outcome.seconds
+        if outcome.error is not None:
+            self.failed.add(job)
+            failure = {**vars(job), **job.keys(), "error": outcome.error, "date": records.today()}
+            self.store.add("errors", failure)
+            print(f"{job}: {outcome.error.strip().splitlines()[0][:300]}", flush=True)
+            return
+        self.store.add(job.kind, outcome.value)
+        print(f"{job}: {described(outcome.value)} in {outcome.seconds:.1f} s", flush=True)
+
+
+class SpeedPlan:
+    """The same store and clock, another list."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.jobs = plan, list(plan.speed())
+
+    def choose(self, running: Sequence[Job], seconds_left: float) -> Job | None:
+        return next((job for job in self.jobs if self.is_open(job, seconds_left)), None)
+
+    def is_open(self, job: Job, seconds_left: float) -> bool:
+        is_done = job in self.plan.failed or self.plan.store.find(job) is not None
+        return not is_done and self.plan.expected_seconds(job) < seconds_left
+
+    def finish(self, job: Job, outcome: Outcome) -> None:
+        self.plan.finish(job, outcome)
+
+
+def _is_sweep(job: Job, model: str, variant: str, task: str) -> bool:
+    return (job.kind, job.model, job.variant, job.task) == ("sweep", model, variant, task)
+
+
+def described(record: Record) -> str:
+    if "microseconds_per_token" in record:
+        return f"{record['microseconds_per_token']:.1f} µs a token, {record['peak_memory_bytes'] / 2**30:.3f} GiB"
+    known = f"skills {record['num_skills_right']}/{record['num_skills']}" if "num_skills" in record else "no skill test"
+    if "tasks" in record:
+        accuracies = [f"{name} {figures['accuracy']:.1%}" for name, figures in record["tasks"].items()]
+        return ", ".join([*accuracies, known])
+    if "accuracy" in record:
+        return f"{record['accuracy']:.1%} right, {known}"
+    return f"validation loss {_finite(record['best_validation_loss']):.4f}"
+
+
+def _finite(loss: float | None) -> float:
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def sweep_steps(steps: int) -> int:
+    return max(2, steps // 2)
+
+
+def registered_rate(model: str, variant: str) -> float:
+    """The preset's rate times the method's factor, for the model's width."""
     import affina
+    from affina.catalog.model_files import find_config
 
-    steps = max(2, arguments.steps // 2)
-    registered = affina.check({"extends": "laptop", "quantization": "none" if method != "loftq" else "nf4",
-                               "adapter": {"method": method}}).config.training.learning_rate  # fmt: skip
-    found: list[Record] = []
-    for factor in RATE_FACTORS:
-        rate = float(f"{min(registered * factor, 0.9):.3g}")
-        keys = {"method": method, "task": task, "model": arguments.model, "learning_rate": rate, "steps": steps}
-        record = store.find("sweep", **keys)
-        if record is None:
-            if is_over():
-                return None
-            record = run(method, task, rate=rate, seed=SWEEP_SEED, steps=steps, evaluate=False, arguments=arguments)
-            store.add("sweep", record)
-            print(f"{method} {task} rate {rate:g}: validation loss {record['best_validation_loss']:.4f}", flush=True)
-        found.append(record)
-    best = min(found, key=lambda record: record["best_validation_loss"] or math.inf)
-    return float(best["learning_rate"])
+    settings = Settings(device="cpu", folder="")
+    chosen = affina.check(config_of("affina/nano", "support", VARIANTS[variant], settings)).config
+    return chosen.training.learning_rate * NANO_WIDTH / find_config(model)[0]["hidden_size"]
+
+
+# The whole
+# --------------------------------------------------------------------------------------------------------------
 
 
 def measure(store: Store, arguments: argparse.Namespace) -> None:
-    """Seeds in the outer loop, so that a run that is cut short has every method before it has any twice."""
-    started = time.monotonic()
-
-    def is_over() -> bool:
-        return time.monotonic() - started > arguments.seconds
-
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for method in arguments.methods:
-                keys = {
-                    "method": method,
-                    "task": task,
-                    "model": arguments.model,
-                    "seed": seed,
-                    "steps": arguments.steps,
-                }
-                if store.find("records", **keys) is not None:
-                    continue
-                rate = tuned_rate(method, task, store, arguments, is_over)
-                if rate is None or is_over():
-                    print("the time is up; call again to go on", flush=True)
-                    return
-                record = run(
-                    method, task, rate=rate, seed=seed, steps=arguments.steps, evaluate=True, arguments=arguments
-                )
-                store.add("records", record)
-                print(f"{method} {task} seed {seed}: {record['accuracy']:.1%}, skills {record['skills']}", flush=True)
+    """The shared work, then the measurements of one process alone."""
+    deadline = records.Deadline(arguments.seconds)
+    shared = records.Deadline(arguments.seconds - arguments.speed_seconds)
+    store.content["errors"] = []  # what failed is tried again
+    plan = Plan(store, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        write_ledger(Path(folder))
+        settings = Settings(arguments.device, folder, arguments.max_generations, arguments.every_skill_item)
+        do = partial(work, settings=settings)
+        share_work(plan, do, num_workers=arguments.jobs, deadline=shared)
+        left = sum(1 for _ in plan.ready(()))
+        print(f"{left} pieces of work are ready and left; call again to go on" if left else "all done", flush=True)
+        share_work(SpeedPlan(plan), do, num_workers=1, deadline=deadline)
 
 
-def summary(store: Store) -> None:
-    """Means over seeds, and half the width of their 95% intervals, as Markdown."""
-    print("| method | task | trained | share | accuracy | skills kept | µs a token | peak GiB | rate | seeds |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in store.content["records"]:
-        groups.setdefault((record["method"], record["task"], record["model"]), []).append(record)
-    for (method, task, _), records in groups.items():
-        first = records[0]
-        kept = [r["skills"]["tuned"] / r["skills"]["base"] for r in records if r["skills"] and r["skills"]["base"]]
-        cells = (
-            f"`{method}`", task, f"{first['num_trainable']:,}", f"{first['share']:.3%}",
-            _mean([r["accuracy"] for r in records]), _mean(kept) if kept else "–",
-            f"{statistics.mean(r['microseconds_per_token'] for r in records):.0f}",
-            f"{max(r['peak_memory_bytes'] for r in records) / 2**30:.2f}", f"{first['learning_rate']:g}",
-            str(len(records)),
-        )  # fmt: skip
-        print(f"| {' | '.join(cells)} |")
-
-
-def _mean(values: list[float]) -> str:
-    mean = statistics.mean(values)
-    if len(values) not in STUDENT_T:
-        return f"{mean:.1%}"
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1%} ± {half:.1%}"
-
-
-def main() -> None:
-    from affina.catalog.methods import METHODS
-
+def parse(command: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="affina/nano")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS))
+    parser.add_argument("--model", dest="models", type=_names, default=["affina/nano"], help="names or folders")
+    parser.add_argument("--variants", type=_names, default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--tasks", type=_names, default=list(TASKS))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after this long")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would end later")
+    parser.add_argument("--speed-seconds", type=float, default=60.0, help="of these, kept for times and memory")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--max-generations", type=int, default=124)
     parser.add_argument("--every-skill-item", type=int, default=1, help="2: every second item of the skill test")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--summary", action="store_true", help="print the table of what is there")
-    arguments = parser.parse_args()
-    unknown = [name for name in arguments.methods if name not in METHODS]
-    if unknown:
-        sys.exit(f"no such method: {', '.join(unknown)}")
+    parser.add_argument("--summary", action="store_true", help="measure nothing; print the tables of what is there")
+    arguments = parser.parse_args(command)
+    for given, known in ((arguments.variants, VARIANTS), (arguments.tasks, TASKS)):
+        if unknown := [name for name in given if name not in known]:
+            raise SystemExit(f"no such variant or task: {', '.join(unknown)}; there are {', '.join(known)}")
+    return arguments
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    from methods_report import claims_table, draw, methods_table
+
+    arguments = parse(command)
     store = Store(arguments.results)
+    began = time.monotonic()
     if not arguments.summary:
         measure(store, arguments)
-    summary(store)
+        print(f"{time.monotonic() - began:.0f} s", flush=True)
+    draw(store.content, arguments.results.parent)
+    print(methods_table(store.content), claims_table(store.content), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The tables of RESULTS.md from the raw files in results/.
+"""The tables of RESULTS.md, and of a guide that shows some of them, from the raw files in results/.
 
     python bench/results_table.py [--write] [--results bench/results] [--page bench/RESULTS.md]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end: NAME -->`; what is around it is written by hand. Without
-`--write` the page is compared with what the raw files give, and the status is 1 when it differs. A test does the same.
+`--write` the pages are compared with what the raw files give, and the status is 1 when one
+differs. A test does the same.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import methods_report  # noqa: E402
 import records  # noqa: E402
+from tables import markdown  # noqa: E402
 
+PAGES = (HERE / "RESULTS.md", HERE.parent / "docs" / "guides" / "choosing-a-method.md")
 Record = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
 
@@ -46,11 +51,6 @@ FLOORS: dict[str, dict[str, float]] = {
 
 # Pieces
 # --------------------------------------------------------------------------------------------------------------
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def missing(command: str) -> str:
@@ -403,6 +403,26 @@ def sanitizer(results: Path) -> str:
     return text + "\n" + markdown(["tool", "clean", "cases", "what it said"], rows) + "\n" + provenance([file])
 
 
+def methods(results: Path) -> str:
+    """What each variant reached and cost, and the figures."""
+    file = records.read(results / "methods.json")
+    if file is None or not file["records"]:
+        return missing("python bench/methods.py")
+    figures = {
+        "methods_parameters.svg": "accuracy against trained parameters",
+        "methods_skills.svg": "accuracy against the base's skills kept",
+    }
+    images = [f"![{title}](results/{name})\n" for name, title in figures.items() if (results / name).exists()]
+    return "\n".join([methods_report.methods_table(file), *images, provenance(file["environments"])])
+
+
+def method_claims(results: Path) -> str:
+    file = records.read(results / "methods.json")
+    if file is None or not file["records"]:
+        return missing("python bench/methods.py")
+    return methods_report.claims_table(file)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "train-step": train_step,
     "ratios": ratios,
@@ -413,17 +433,23 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "capped-memory": capped_memory,
     "leak": leak,
     "sanitizer": sanitizer,
+    "methods": methods,
+    "method-claims": method_claims,
 }
 
 
-def rendered(page: str, results: Path) -> str:
-    """The page with every table made anew. Raises SystemExit for a name that is not in TABLES."""
+def rendered(page: str, results: Path, *, folder: str = "results") -> str:
+    """The page with every table made anew. Raises SystemExit for a name that is not in TABLES.
+
+    folder: where the page finds the figures
+    """
 
     def table(match: re.Match[str]) -> str:
         name = match[2]
         if name not in TABLES:
             raise SystemExit(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        return f"{match[1]}\n{TABLES[name](results)}\n{match[4]}"
+        content = TABLES[name](results).replace("](results/", f"]({folder}/")
+        return f"{match[1]}\n{content}\n{match[4]}"
 
     return _MARKED.sub(table, page)
 
@@ -432,17 +458,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
-    parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--page", type=Path, action="append", help="instead of all pages that have tables")
     arguments = parser.parse_args(argv)
-    before = arguments.page.read_text(encoding="utf-8")
-    after = rendered(before, arguments.results)
-    if arguments.write:
-        arguments.page.write_text(after, encoding="utf-8")
-    elif before != after:
-        print(
-            "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "the page", "the raw files"))
-        )
+    is_same = True
+    for path in arguments.page or PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before, arguments.results, folder=figures_folder(path, arguments.results))
+        if arguments.write:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            is_same = False
+            old, new = before.splitlines(True), after.splitlines(True)
+            print("".join(difflib.unified_diff(old, new, str(path), "the raw files")))
+    if not is_same:
         sys.exit(1)
+
+
+def figures_folder(page: Path, results: Path) -> str:
+    """`results` as the page's links say it."""
+    return Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,14 @@ def write(folder: Path, name: str, content: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_the_page_is_what_the_raw_files_give() -> None:
-    from results_table import rendered
+def test_every_page_is_what_the_raw_files_give() -> None:
+    from results_table import _MARKED, PAGES, figures_folder, rendered
 
-    page = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
-    assert rendered(page, BENCH / "results") == page, "run `python bench/results_table.py --write`"
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert _MARKED.search(page)
+        folder = figures_folder(path, BENCH / "results")
+        assert rendered(page, BENCH / "results", folder=folder) == page, "run `python bench/results_table.py --write`"
 
 
 def test_every_table_but_the_profile_is_on_the_page() -> None:

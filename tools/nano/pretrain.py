@@ -2,6 +2,8 @@
 
     python tools/nano/pretrain.py --text FOLDER --assets src/affina/catalog/assets/nano --output OUT --seconds 420
 
+Beside the weights lie tokenizer and skill test: OUT is a model that affina trains. `--shape small` makes a larger one.
+
 Books (loss on every token) and generated tasks (loss on replies only) share each batch. Rows have 1,024 tokens; the
 conversations in a row do not see each other. Muon moves the hidden matrices and AdamW the embedding and the norms:
 on a budget of minutes Muon reaches a given loss in clearly fewer tokens than AdamW alone, and its Newton-Schulz
@@ -21,6 +23,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -45,19 +48,35 @@ EMPTY_THINKING_SHARE = 0.12
 SENTENCES_PER_LANGUAGE = 60_000
 TASK_SHARDS = 32
 """Task generators with seeds of their own; fixed, so that the data does not depend on the number of workers."""
+MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "skills.jsonl")
 FINISHING_SECONDS = 10.0
 """Kept for the last evaluation and for saving."""
 
 
-def nano_config(eos_token_id: int, pad_token_id: int) -> Qwen3Config:
-    """The architecture: every linear dimension a multiple of 64, 6.2 M parameters, 2.1 M of them the tied embedding."""
+SHAPES: dict[str, dict[str, int]] = {
+    "nano": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "intermediate_size": 640,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "small": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "intermediate_size": 2560,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+}
+"""nano: 6.2 M parameters, 2.1 M of them the tied embedding; small: 96 M, to measure methods on."""
+
+
+def model_config(shape: str, eos_token_id: int, pad_token_id: int) -> Qwen3Config:
+    """The architecture: every linear dimension a multiple of 64."""
     return Qwen3Config(
         vocab_size=8192,
-        hidden_size=256,
-        num_hidden_layers=6,
-        intermediate_size=640,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPES[shape],
         head_dim=64,
         max_position_embeddings=ROW,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -134,7 +153,7 @@ class Data:
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         started = time.time()
         tokenizer_file = str(arguments.assets / "tokenizer.json")
-        works = list(read_works(arguments.text))
+        works = list(read_works(arguments.text, is_sample=arguments.sample))
         if arguments.max_works:
             held_out = [work for work in works if work.held_out]
             works = held_out[-1:] + held_out[:1] + works[: arguments.max_works] + works[-1:]
@@ -285,8 +304,8 @@ class Evaluation:
         return score(self.items, generate_replies(self.model, self.tokenizer, self.items))
 
 
-def save(model: Qwen3ForCausalLM, log: dict[str, Any], output: Path) -> None:
-    """bf16 weights, config and log; a later call overwrites an earlier one."""
+def save(model: Qwen3ForCausalLM, log: dict[str, Any], output: Path, assets: Path) -> None:
+    """bf16 weights, config, log, tokenizer and skill test of `assets`; a later call overwrites an earlier one."""
     half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict({name: value.to("cpu", torch.bfloat16) for name, value in model.state_dict().items()})
     half.config.dtype = torch.bfloat16
@@ -296,6 +315,9 @@ def save(model: Qwen3ForCausalLM, log: dict[str, Any], output: Path) -> None:
         do_sample=False,
     )
     half.save_pretrained(output)
+    for name in MODEL_FILES:
+        if (assets / name).resolve() != (output / name).resolve():
+            shutil.copyfile(assets / name, output / name)
     (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
@@ -305,7 +327,10 @@ def save(model: Qwen3ForCausalLM, log: dict[str, Any], output: Path) -> None:
 def new_log(arguments: argparse.Namespace, data: Data, parameters: int) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if data.device.type == "cuda" else "cpu"
     return {
-        "data": {name: {key: source[key] for key in ("sha256", "what", "licence")} for name, source in SOURCES.items()},
+        "data": {
+            name: {**source, "sha256": sha256_of(arguments.text / name), "is_sample": arguments.sample}
+            for name, source in SOURCES.items()
+        },
         "held_out": f"every {HELD_OUT_EVERY}th work of each prose file",
         "tokenizer_sha256": sha256_of(arguments.assets / "tokenizer.json"),
         "skills_sha256": sha256_of(arguments.assets / "skills.jsonl"),
@@ -333,7 +358,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     data = Data(arguments, device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.assets)
-    model = Qwen3ForCausalLM(nano_config(tokenizer.eos_token_id, tokenizer.pad_token_id)).to(device)
+    model = Qwen3ForCausalLM(model_config(arguments.shape, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(device)
     log = new_log(arguments, data, sum(parameter.numel() for parameter in model.parameters()))
     print(json.dumps({key: log[key] for key in (*data.summary(), "parameters", "device", "versions")}), flush=True)
     evaluation = Evaluation(model, data, arguments)
@@ -382,7 +407,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             before = time.time()
             log["evaluations"].append({"step": step, **evaluation.perplexities(), "skills": evaluation.skills()["all"]})
             print(log["evaluations"][-1], flush=True)
-            save(model, log, arguments.output)
+            save(model, log, arguments.output, arguments.assets)
             evaluation_seconds += time.time() - before
             next_save = time.time() + arguments.save_every
             if arguments.steps is None and total is not None:
@@ -391,7 +416,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     skills = evaluation.skills()
     log["final"] = {"steps": step, "tokens": tokens, **evaluation.perplexities(), "skills": skills}
     log["training_seconds"] = round(time.time() - began, 1)
-    save(model, log, arguments.output)
+    save(model, log, arguments.output, arguments.assets)
     print(json.dumps(log["final"]), flush=True)
     return log
 
@@ -423,6 +448,8 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=float, default=100.0, help="seconds between evaluations with saving")
     parser.add_argument("--evaluation-rows", type=int, default=128)
+    parser.add_argument("--shape", choices=list(SHAPES), default="nano")
+    parser.add_argument("--sample", action="store_true", help="the text is a sample that corpus.py wrote")
     parser.add_argument("--max-works", type=int, help="only so many works, to try the script")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
