@@ -47,7 +47,7 @@ def test_codes_and_scales_are_the_bits_of_the_reference(rows, columns, dtype):
 
 @pytest.mark.parametrize("columns", [256, 300, 700])
 def test_rows_longer_than_a_tile_are_read_twice(monkeypatch, columns):
-    monkeypatch.setattr(kernel, "MAX_TILE", 128)
+    monkeypatch.setattr(kernel, "MAX_HELD", 128)
     x, factor = normal(5, columns), normal(1, columns, seed=2)[0].abs()
     assert equal(fp8.quantize_rows(x), reference(x))
     assert equal(fp8.quantize_rows(x, column_factor=factor), reference(x, factor))
@@ -61,6 +61,26 @@ def test_rows_beside_others_are_quantised_as_one(columns, rank, dtype):
     whole = torch.cat([x, beside], dim=1)
     assert equal(fp8.quantize_rows(x, beside=beside, column_factor=factor), reference(whole, factor))
     assert equal(fp8.quantize_rows(x, beside=beside), reference(whole))
+
+
+@pytest.mark.parametrize("columns", [2560, 2561, 640, 384, 3000, 255])
+def test_rows_are_held_in_two_pieces(columns):
+    """An even and an odd rest, a rest as long as the first piece, and almost so."""
+    x, factor = normal(3, columns, torch.bfloat16), normal(1, columns + 5, seed=2)[0].abs()
+    beside = normal(3, 5, torch.bfloat16, seed=1) * 3
+    assert equal(fp8.quantize_rows(x), reference(x))
+    whole = torch.cat([x, beside], dim=1)
+    assert equal(fp8.quantize_rows(x, beside=beside, column_factor=factor), reference(whole, factor))
+
+
+@pytest.mark.parametrize(
+    ("columns", "pieces"),
+    [(1, (128, 0)), (300, (256, 128)), (500, (512, 0)), (2560, (2048, 512)), (4096, (4096, 0)), (9728, (8192, 2048)),
+     (19456, (16384, 4096)), (32768, (32768, 0)), (32769, (32768, 0)), (100_000, (32768, 0))],
+)  # fmt: skip
+def test_a_row_is_held_with_few_lanes_to_spare(columns, pieces):
+    assert kernel.held_pieces(columns) == pieces
+    assert sum(pieces) >= min(columns, 32768)
 
 
 def test_a_row_of_the_longest_tile_is_right():

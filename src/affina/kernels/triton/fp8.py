@@ -1,9 +1,13 @@
 """Triton kernels of `affina.kernels.fp8`: quantising rows to e4m3, and transposing bytes.
 
-Legend: M rows of K numbers, B numbers of a row that a program holds at once, T the side of a tile.
+Legend: M rows of K numbers, of which a program holds HEAD and TAIL at once, R columns beside them, T the side of a
+tile.
 
-One program quantises one row. Up to `MAX_TILE` numbers the row stays in registers between the search for its maximum
-and the rounding and is read once; a longer one is read twice, the second time mostly from the caches. Divisions are the
+One program quantises one row. A row of up to `MAX_HELD` numbers stays in registers between the search for its maximum
+and the rounding and is read once. Registers hold powers of two, so a row is held as two of them, HEAD + TAIL: 2,560 as
+2,048 + 512, where the next power of two would leave 3 of 8 lanes idle. Longer rows are read twice, the second time
+mostly from the caches. Few threads take a row, `ELEMENTS` numbers each: many loads are then under way in a thread
+before it waits, and many rows on a processor, so that one loads while another waits for its maximum. Divisions are the
 correctly rounded ones, one per row, so that codes and scales equal the reference bit for bit.
 
 The transpose moves T × T bytes per program; the compiler exchanges them through shared memory, so that reads and writes
@@ -21,15 +25,31 @@ from torch import Tensor
 
 from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
 
-MAX_TILE = 32768
+MAX_HELD = 32768
+"""Numbers of a row that a program holds at most: 64 a thread of 16 warps."""
+ELEMENTS = 40
+"""Numbers of a row to a thread, at most and while 16 warps are enough."""
 TRANSPOSE_TILE = 64
+_WARP = 32
+_MIN_PIECE = 128
 
 
 @triton.jit
-def _numbers(row, column_factor, column, inside, HAS_FACTOR: tl.constexpr):
-    x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+def row_scale(maximum, LARGEST: tl.constexpr, SMALLEST_MAXIMUM: tl.constexpr):
+    """(scale, what numbers are multiplied with before they are rounded) of rows with these maxima."""
+    clamped = tl.maximum(maximum, SMALLEST_MAXIMUM)
+    return tl.where(maximum == 0.0, 1.0, tl.div_rn(clamped, LARGEST)), tl.div_rn(LARGEST, clamped)
+
+
+@triton.jit
+def _numbers(row, column_factor, column, inside, HAS_FACTOR: tl.constexpr, IS_LAST_READ: tl.constexpr):
+    if IS_LAST_READ:
+        # The cache is for the factors, which every row reads.
+        x = tl.load(row + column, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    else:
+        x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_FACTOR:
-        x *= tl.load(column_factor + column, mask=inside, other=0.0)
+        x *= tl.load(column_factor + column, mask=inside, other=0.0, eviction_policy="evict_last")
     return x
 
 
@@ -43,10 +63,11 @@ def _quantize_rows_kernel(
     x_stride,
     beside_stride,
     codes_stride,
-    K,
-    R,
+    K: tl.constexpr,
+    R: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    B: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     BESIDE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -55,26 +76,35 @@ def _quantize_rows_kernel(
     index = tl.program_id(0).to(tl.int64)
     row = x + index * x_stride
     row_codes = codes + index * codes_stride
-    lane = tl.arange(0, B)
+    lane = tl.arange(0, HEAD)
 
-    first = _numbers(row, column_factor, lane, lane < K, HAS_FACTOR)
-    magnitudes = tl.abs(first)
-    for tile in range(1, NUM_TILES):
-        column = tile * B + lane
-        magnitudes = tl.maximum(magnitudes, tl.abs(_numbers(row, column_factor, column, column < K, HAS_FACTOR)))
-    maximum = tl.max(magnitudes, axis=0)
+    head = _numbers(row, column_factor, lane, lane < K, HAS_FACTOR, True)
+    if TAIL > 0:
+        tail_lane = HEAD + tl.arange(0, TAIL)
+        tail = _numbers(row, column_factor, tail_lane, tail_lane < K, HAS_FACTOR, True)
     if BESIDE > 0:
         extra_lane = tl.arange(0, BESIDE)
-        extra = _numbers(beside + index * beside_stride, column_factor + K, extra_lane, extra_lane < R, HAS_FACTOR)
-        maximum = tl.maximum(maximum, tl.max(tl.abs(extra), axis=0))
-    clamped = tl.maximum(maximum, SMALLEST_MAXIMUM)
-    tl.store(scale + index, tl.where(maximum == 0.0, 1.0, tl.div_rn(clamped, LARGEST)))
-
-    factor = tl.div_rn(LARGEST, clamped)
-    tl.store(row_codes + lane, (first * factor).to(tl.float8e4nv), mask=lane < K)
+        row_beside = beside + index * beside_stride
+        extra = _numbers(row_beside, column_factor + K, extra_lane, extra_lane < R, HAS_FACTOR, True)
+    magnitudes = tl.abs(head)
     for tile in range(1, NUM_TILES):
-        column = tile * B + lane
-        numbers = _numbers(row, column_factor, column, column < K, HAS_FACTOR)
+        column = tile * HEAD + lane
+        numbers = _numbers(row, column_factor, column, column < K, HAS_FACTOR, False)
+        magnitudes = tl.maximum(magnitudes, tl.abs(numbers))
+    maximum = tl.max(magnitudes, axis=0)
+    if TAIL > 0:
+        maximum = tl.maximum(maximum, tl.max(tl.abs(tail), axis=0))
+    if BESIDE > 0:
+        maximum = tl.maximum(maximum, tl.max(tl.abs(extra), axis=0))
+    row_scale_, factor = row_scale(maximum, LARGEST, SMALLEST_MAXIMUM)
+    tl.store(scale + index, row_scale_)
+
+    tl.store(row_codes + lane, (head * factor).to(tl.float8e4nv), mask=lane < K)
+    if TAIL > 0:
+        tl.store(row_codes + tail_lane, (tail * factor).to(tl.float8e4nv), mask=tail_lane < K)
+    for tile in range(1, NUM_TILES):
+        column = tile * HEAD + lane
+        numbers = _numbers(row, column_factor, column, column < K, HAS_FACTOR, True)
         tl.store(row_codes + column, (numbers * factor).to(tl.float8e4nv), mask=column < K)
     if BESIDE > 0:
         tl.store(row_codes + K + extra_lane, (extra * factor).to(tl.float8e4nv), mask=extra_lane < R)
@@ -83,7 +113,7 @@ def _quantize_rows_kernel(
 def quantize_rows(x: Tensor, beside: Tensor | None, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:
     """Launches the kernel; arguments as in `affina.kernels.fp8.quantize_rows`."""
     rows, columns = x.shape
-    tile = min(MAX_TILE, max(128, triton.next_power_of_2(columns)))
+    head, tail = held_pieces(columns)
     _quantize_rows_kernel[(rows,)](
         x,
         beside if beside is not None else x,
@@ -93,16 +123,33 @@ def quantize_rows(x: Tensor, beside: Tensor | None, column_factor: Tensor | None
         x.stride(0),
         beside.stride(0) if beside is not None else 0,
         codes.stride(0),
-        columns,
-        beside.shape[1] if beside is not None else 0,
-        NUM_TILES=triton.cdiv(columns, tile),
-        B=tile,
+        K=columns,
+        R=beside.shape[1] if beside is not None else 0,
+        NUM_TILES=triton.cdiv(columns, head) if tail == 0 else 1,
+        HEAD=head,
+        TAIL=tail,
         BESIDE=triton.next_power_of_2(beside.shape[1]) if beside is not None and beside.shape[1] > 0 else 0,
         HAS_FACTOR=column_factor is not None,
         LARGEST=LARGEST,
         SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
-        num_warps=min(16, max(1, tile // 512)),
+        num_warps=num_warps(head + tail),
     )
+
+
+def held_pieces(columns: int) -> tuple[int, int]:
+    """(HEAD, TAIL) for rows of so many numbers; TAIL 0: HEAD is all, or tiles of HEAD follow one another."""
+    whole = max(_MIN_PIECE, triton.next_power_of_2(columns))
+    if whole == columns or whole <= _MIN_PIECE:
+        return min(MAX_HELD, whole), 0
+    if columns > MAX_HELD:
+        return MAX_HELD, 0
+    tail = max(_MIN_PIECE, triton.next_power_of_2(columns - whole // 2))
+    return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
+
+
+def num_warps(held: int) -> int:
+    """Warps for a row of so many numbers."""
+    return int(min(16, triton.next_power_of_2(triton.cdiv(held, ELEMENTS * _WARP))))
 
 
 @triton.jit
