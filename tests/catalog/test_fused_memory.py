@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from affina.catalog.decoder import DecoderSpec
-from affina.catalog.fused_memory import FusedRow, evaluation_peak, row_inputs_bytes, training_peaks
+from affina.catalog.fused_memory import FusedRow, Products, evaluation_peak, row_inputs_bytes, training_peaks
 from affina.catalog.save_policy import Keep, LayerRanks, SavePolicy
+from affina.kernels import fp8 as fp8_kernels
 from affina.kernels.attention import AttentionResult, Segments
+from affina.kernels.fp8 import E4M3, QuantizedRows
 from affina.models.families import read_decoder
 from affina.models.fast import decoder as decoder_module
+from affina.models.fast import fp8 as fp8_module
 from affina.models.fast import layer as layer_module
 from affina.models.fast import linear as linear_module
+from affina.models.fast import weights as weights_module
 from affina.models.fast.build import build_decoder, largest_ranks
 from affina.models.fast.decoder import Decoder
 from affina.models.fast.layer import RowContext
@@ -32,10 +36,10 @@ LOSS = torch.ones(())
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins that allocate what the Triton kernels allocate, and compute nothing."""
 
-    def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(x: Tensor, weight: Tensor, epsilon: float, **_: Any) -> tuple[Tensor, Tensor]:
         return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
-    def add_rms_norm(x: Tensor, update: Tensor, *_: Any, sum_out: Tensor, lora: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def add_rms_norm(x: Tensor, update: Tensor, *_: Any, sum_out: Tensor, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         return sum_out, x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
     def qk_rope(qkv: Tensor, *_: Any, num_heads: int, num_kv_heads: int, lora: Any = None, **__: Any) -> Any:
@@ -80,6 +84,21 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         del error, losses
         return LOSS, gradient_out
 
+    def quantize_rows(
+        x: Tensor, *, beside: Any = None, column_factor: Any = None, out: Any = None, scale_out: Any = None
+    ) -> QuantizedRows:
+        assert beside is None or out is not None
+        codes = torch.empty(x.shape, dtype=E4M3) if out is None else out
+        return QuantizedRows(codes, torch.empty(x.shape[0]) if scale_out is None else scale_out.fill_(1.0))
+
+    def fp8_linear(
+        x8: Tensor, x_scale: Tensor, w8: Tensor, *_: Any, out_dtype: torch.dtype, out: Tensor | None = None, **__: Any
+    ) -> Tensor:
+        if out is not None and out.is_contiguous():
+            return out
+        product = torch.empty(x8.shape[0], w8.shape[0], dtype=out_dtype)
+        return product if out is None else out
+
     nothing = lambda *_, **__: None  # noqa: E731
     for name, stand_in in {
         "rms_norm": rms_norm,
@@ -95,6 +114,10 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(layer_module, name, stand_in)
     monkeypatch.setattr(linear_module, "product_into", product_into)
+    for module in (fp8_kernels, fp8_module):
+        monkeypatch.setattr(module, "quantize_rows", quantize_rows)
+        monkeypatch.setattr(module, "fp8_linear", fp8_linear)
+    monkeypatch.setattr(weights_module, "can_multiply_fp8", lambda _: True)
     monkeypatch.setattr(decoder_module, "rms_norm", rms_norm)
     monkeypatch.setattr(decoder_module, "rms_norm_backward", lambda grad, *_, out, **__: out)
     monkeypatch.setattr(decoder_module, "linear_cross_entropy_and_gradient", loss)
@@ -136,13 +159,14 @@ def measure(decoder: Decoder, policy: SavePolicy | None, num_tokens: int) -> int
         return counter.peak_bytes
 
 
-@pytest.mark.parametrize("weights", ["dense", "nf4"])
+@pytest.mark.parametrize("weights", ["dense", "nf4", "fp8"])
 @pytest.mark.parametrize("num_tokens", [CHUNK_TOKENS, 700])
 @pytest.mark.parametrize("keep", [keep for keep in Keep if keep > Keep.OFFLOADED])
 def test_the_peak_of_a_step_equals_the_engines_own_allocations(keep: Keep, num_tokens: int, weights: str) -> None:
     decoder, ranks = build(8, weights, "all-linear")
     policy = SavePolicy.uniform(4, keep)
-    assert forecast(decoder, ranks, policy, num_tokens) == measure(decoder, policy, num_tokens)
+    found = forecast(decoder, ranks, policy, num_tokens, "fp8" if weights == "fp8" else "dense")
+    assert found == measure(decoder, policy, num_tokens)
 
 
 @pytest.mark.parametrize(
@@ -186,22 +210,26 @@ def test_a_captured_row_needs_the_memory_of_both_passes_for_good() -> None:
     assert captured.needed > training_peaks(row, policy, is_captured=False).needed
 
 
-def row_of(decoder: Decoder, ranks: LayerRanks, num_tokens: int, longest: int = 0) -> FusedRow:
+def row_of(
+    decoder: Decoder, ranks: LayerRanks, num_tokens: int, longest: int = 0, products: Products = "dense"
+) -> FusedRow:
     return FusedRow(
         spec=decoder.spec,
         ranks=ranks,
         num_tokens=num_tokens,
         num_predicted=num_tokens,
         itemsize=2,
-        products="dense",
+        products=products,
         num_parameters=decoder.adapter.parameter.numel(),
         chunk_rows=CHUNK_TOKENS,
         longest=longest,
     )
 
 
-def forecast(decoder: Decoder, ranks: LayerRanks, policy: SavePolicy, num_tokens: int) -> int:
-    row = row_of(decoder, ranks, num_tokens)
+def forecast(
+    decoder: Decoder, ranks: LayerRanks, policy: SavePolicy, num_tokens: int, products: Products = "dense"
+) -> int:
+    row = row_of(decoder, ranks, num_tokens, products=products)
     # The row's inputs exist before the counting here.
     return training_peaks(row, policy, is_captured=False).allocated - row_inputs_bytes(row)
 

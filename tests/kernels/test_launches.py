@@ -7,8 +7,9 @@ import torch
 
 from affina.kernels import qk_rope as rope_operation
 from affina.kernels import rms_norm as norm_operation
+from affina.kernels.fp8 import QuantizedRows, quantize_rows
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
-from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows
+from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm
 from tests.kernels.compiled import compile_launches, require_compiler
 
 SHARED_BYTES = {75: 64 * 1024, 90: 96 * 1024}
@@ -90,3 +91,39 @@ def test_the_updated_sum_fits_whatever_width_and_rank(width, rank, dtype, capabi
     found = compile_launches(kernels, ["_forward_kernel", "_add_kernel"], call, monkeypatch, capability=capability)
     assert len(found) == 3
     assert max(kernel.metadata.shared for kernel in found) <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("width", [2560, 16384])
+def test_the_norm_with_codes_compiles_and_keeps_its_rows_in_registers(width, monkeypatch):
+    from affina.kernels.triton import rms_norm as kernels
+
+    x, weight = empty(20, width, dtype=torch.bfloat16), empty(width, dtype=torch.bfloat16)
+    codes = QuantizedRows.empty(20, width, torch.device("meta"))
+
+    def call():
+        rms_norm(x, weight, 1e-6, codes_out=codes)
+        add_rms_norm(x, x, weight, 1e-6, codes_out=codes)
+
+    found = compile_launches(kernels, ["_forward_kernel"], call, monkeypatch, capability=90)
+    assert len(found) == 2
+    assert all(".v4.b32" in kernel.asm["ptx"] for kernel in found), "whole 16-byte words are read"
+    assert not any(".local" in kernel.asm["ptx"] for kernel in found)
+
+
+@pytest.mark.parametrize(("columns", "rank"), [(2560, 16), (6144, 48), (19456, 32), (40000, 0)])
+def test_quantising_rows_compiles_and_reads_whole_words(columns, rank, monkeypatch):
+    from affina.kernels import fp8
+    from affina.kernels.triton import fp8 as kernels
+
+    monkeypatch.setattr(fp8, "use_triton", lambda _: True)
+    x, beside = empty(20, columns, dtype=torch.bfloat16), empty(20, rank, dtype=torch.bfloat16)
+    factor = empty(columns + rank, dtype=torch.float32)
+
+    def call():
+        quantize_rows(x)
+        quantize_rows(x, beside=beside if rank else None, column_factor=factor)
+
+    found = compile_launches(kernels, ["_quantize_rows_kernel"], call, monkeypatch, capability=90)
+    assert len(found) == 2
+    assert all(".v4.b32" in kernel.asm["ptx"] for kernel in found)
+    assert max(kernel.metadata.shared for kernel in found) <= SHARED_BYTES[90]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affina.kernels.fp8 import QuantizedRows, quantize_rows
 from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
 from tests.kernels.device import DEVICE
 from tests.kernels.interpreter import run_in_interpreter
@@ -59,6 +60,19 @@ def assert_close(found, wanted, dtype, *, scale=1.0):
     assert found.dtype == dtype
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance * 0.05 * scale)
+
+
+def test_codes_are_those_of_the_normalised_rows():
+    x, update, weight = random_rows(5, 48), random_rows(5, 48, seed=1), random_weight(48)
+    for is_sum in (False, True):
+        codes = QuantizedRows.empty(5, 48, DEVICE)
+        if is_sum:
+            _, y, _ = add_rms_norm(x, update, weight, EPSILON, lora=random_update(5, 48, 2), codes_out=codes)
+        else:
+            y, _ = rms_norm(x, weight, EPSILON, codes_out=codes)
+        wanted = quantize_rows(y)
+        assert torch.equal(codes.codes.float(), wanted.codes.float())
+        assert torch.equal(codes.scale, wanted.scale)
 
 
 @settings(max_examples=30, deadline=None)

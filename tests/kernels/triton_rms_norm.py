@@ -7,6 +7,7 @@ import torch
 
 from affina.kernels import rms_norm as operation
 from affina.kernels.dispatch import use_triton
+from affina.kernels.fp8 import QuantizedRows, quantize_rows
 from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm, rms_norm_backward
 from tests.kernels.device import DEVICE
 from tests.kernels.test_rms_norm import (
@@ -162,6 +163,36 @@ def test_rows_taken_in_steps_give_the_same_bits(shape, monkeypatch):
     for kernel in kernels.ROW_TILES:
         monkeypatch.setitem(kernels.ROW_TILES, kernel, kernels.RowTile(elements=24, steps=4, stages=3))
     assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
+
+
+def room_for_codes(rows, columns):
+    """Memory for codes with a gap between rows, and for scales."""
+    return QuantizedRows.empty(rows, columns + 7, DEVICE)
+
+
+def same_codes(found, wanted):
+    return torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8)) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2560), (5, 64), (67, 33)])
+def test_codes_beside_the_norm_are_those_of_a_pass_of_its_own(shape, dtype, monkeypatch):
+    x, update, weight = random_rows(*shape, dtype), random_rows(*shape, dtype, seed=1), random_weight(shape[1], dtype)
+    x[0] = 0.0
+    lora = random_update(*shape, 3, dtype)
+    runs = [
+        lambda codes: rms_norm(x, weight, EPSILON, codes_out=codes)[0],
+        lambda codes: add_rms_norm(x, update, weight, EPSILON, codes_out=codes)[1],
+        lambda codes: add_rms_norm(x, update, weight, EPSILON, lora=lora, codes_out=codes)[1],
+    ]
+    for run in runs:
+        room = room_for_codes(*shape)
+        codes = QuantizedRows(room.codes[:, : shape[1]], room.scale)
+        with monkeypatch.context() as only_the_norms_kernel:
+            only_the_norms_kernel.setattr(operation, "quantize_rows", None)
+            y = run(codes)
+        assert torch.equal(y, run(None)), "codes change nothing else"
+        assert same_codes(codes, quantize_rows(y))
 
 
 def test_columns_beside_a_strided_output_stay_untouched():

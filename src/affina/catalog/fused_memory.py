@@ -187,6 +187,7 @@ class _Layer:
         """
         row, width = self.row, self.row.spec.hidden_size
         self.held["x"] = x_bytes
+        self._take_codes()
         self.take("h", row.values(width))
         self.take("rstd1", row.scalars())
         settle()
@@ -204,10 +205,11 @@ class _Layer:
     def _project(self) -> None:
         row, spec = self.row, self.row.spec
         columns = spec.query_size + 2 * spec.key_value_size
-        with self._product(spec.hidden_size, columns):
+        with self._product(spec.hidden_size, columns, has_codes=True):
             old = self.held.pop("t_qkv", 0)
             self.take("qkv", row.values(padded(columns + row.extra(row.ranks.qkv))))
             self.take("t_qkv", row.values(row.ranks.qkv))
+        self.give("codes")
         self.ledger.give(old)
 
     def _attend(self) -> None:
@@ -227,15 +229,17 @@ class _Layer:
         with self._product(spec.query_size, spec.hidden_size):
             self.take("x2", row.values(spec.hidden_size))
             self.take("t_o", row.values(row.ranks.output))
+        self._take_codes()
         self.take("h2", row.values(spec.hidden_size))
         self.take("rstd2", row.scalars())
 
     def _gate_up(self, rows: int) -> None:
         row, spec = self.row, self.row.spec
         columns = 2 * spec.intermediate_size
-        with self._product(spec.hidden_size, columns, rows):
+        with self._product(spec.hidden_size, columns, rows, has_codes=True):
             self.take("gate_up", row.values(padded(columns + row.extra(row.ranks.gate_up)), rows=rows))
             self.take("t_gate_up", row.values(row.ranks.gate_up, rows=rows))
+        self.give("codes")
 
     def _mlp(self, rows: int, update: str = "update", t_down: str = "t_down") -> None:
         row, spec = self.row, self.row.spec
@@ -253,6 +257,7 @@ class _Layer:
             self._mlp(row.num_tokens)
             self.give("gate_up", "t_gate_up")
             return
+        self.held["codes of all parts"] = self.held.pop("codes", 0)
         self.take("update", row.values(row.spec.hidden_size))
         parts = [f"t_down of part {index}" for index in range(len(_parts(row.num_tokens)))]
         for name, rows in zip(parts, _parts(row.num_tokens), strict=True):
@@ -261,7 +266,7 @@ class _Layer:
             self.ledger.give(t_before)
             self.give("update of a part", "gate_up")
         self.take("t_down", row.values(row.ranks.down))
-        self.give("t_gate_up", *parts)
+        self.give("t_gate_up", "codes of all parts", *parts)
 
     # Backward
 
@@ -280,6 +285,7 @@ class _Layer:
 
     def _complete_attention(self) -> None:
         if "qkv" not in self.held:
+            self._take_codes()
             self.take("h", self.row.values(self.row.spec.hidden_size))
             self.take("rstd1", self.row.scalars())
             self._project()
@@ -290,7 +296,7 @@ class _Layer:
             self._rotate()
         if "x2" not in self.held:
             self._add_attention()
-            self.give("h2")
+            self.give("h2", "codes")
 
     def _mlp_backward(self) -> None:
         if "gate_up" in self.held:
@@ -301,6 +307,7 @@ class _Layer:
         for index, rows in enumerate(_parts(row.num_tokens)):
             # What the part before needed has a name until this one's is made.
             before = sum(self.held.pop(name, 0) for name in names)
+            self._take_codes(rows)
             self.take("h of a part", row.values(row.spec.hidden_size, rows=rows))
             self.take("rstd2 of a part", row.scalars(rows=rows))
             self._gate_up(rows)
@@ -347,15 +354,24 @@ class _Layer:
         with self.ledger.during(num_bytes):
             pass
 
+    def _take_codes(self, rows: int | None = None) -> None:
+        """Of a norm's output, which its kernel writes for the 8-bit product that reads it."""
+        if self.row.products == "fp8":
+            rows = self.row.num_tokens if rows is None else rows
+            self.take("codes", allocated(rows * self.row.spec.hidden_size, 1) + allocated(rows, 4))
+
     @contextmanager
-    def _product(self, num_inputs: int, num_outputs: int, rows: int | None = None) -> Iterator[None]:
-        """What a frozen product needs besides its result: codes of its input in 8 bits."""
+    def _product(
+        self, num_inputs: int, num_outputs: int, rows: int | None = None, *, has_codes: bool = False
+    ) -> Iterator[None]:
+        """What a frozen product needs besides its result: codes of its input in 8 bits, unless it has them."""
         yield
         if self.row.products == "fp8":
             rows = self.row.num_tokens if rows is None else rows
             # The library writes bfloat16 rows without gaps only; others are copied.
             copied = self.row.values(num_outputs, rows=rows) if num_outputs % PITCH else 0
-            self._pass(allocated(rows * num_inputs, 1) + allocated(rows, 4) + copied)
+            codes = 0 if has_codes else allocated(rows * num_inputs, 1) + allocated(rows, 4)
+            self._pass(codes + copied)
 
     @contextmanager
     def _gradient_product(

@@ -37,6 +37,8 @@ its own would cost another byte per weight, and its gradient would be that of an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,23 @@ SMALLEST_MAXIMUM = LARGEST * 2.0**-126
 """Below it 448 / max would overflow float32."""
 GEMM_MULTIPLE = 16
 """Matrix units take sizes N and K that are multiples of this; M is free."""
+
+
+class QuantizedRows(NamedTuple):
+    """codes: [M, K] float8_e4m3fn; scale: [M] float32"""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def empty(num_rows: int, num_columns: int, device: torch.device) -> QuantizedRows:
+        """Memory for rows, uninitialised."""
+        codes = torch.empty(num_rows, num_columns, dtype=E4M3, device=device)
+        return QuantizedRows(codes, torch.empty(num_rows, dtype=torch.float32, device=device))
+
+    def part(self, rows: slice) -> QuantizedRows:
+        """Some of the rows, the same memory."""
+        return QuantizedRows(self.codes[rows], self.scale[rows])
 
 
 def has_matrix_units(device: torch.device) -> bool:
@@ -68,7 +87,7 @@ def quantize_rows(
     column_factor: Tensor | None = None,
     out: Tensor | None = None,
     scale_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> QuantizedRows:
     """x in e4m3 and the scale of every row: ([M, K] float8_e4m3fn, [M] float32) with x ≈ codes · scale.
 
     x:             [M, K] bf16, fp16 or fp32; a row is contiguous, rows may be apart
@@ -91,15 +110,15 @@ def quantize_rows(
     assert beside is None or (beside.shape[0] == x.shape[0] and beside.dtype == x.dtype), "rows beside others"
     assert beside is None or beside.shape[1] <= 1 or beside.stride(1) == 1, "the numbers of a row must lie side by side"
     if codes.numel() == 0:
-        return codes, scale.fill_(1.0)
+        return QuantizedRows(codes, scale.fill_(1.0))
     if not (use_triton(x) and can_convert_in_kernels(x.device)):
         _quantize_rows(x if beside is None else torch.cat([x, beside], dim=1), column_factor, codes, scale)
-        return codes, scale
+        return QuantizedRows(codes, scale)
     from affina.kernels.triton import fp8 as kernel
 
     factor = column_factor.contiguous() if column_factor is not None else None
     kernel.quantize_rows(x, beside, factor, codes, scale)
-    return codes, scale
+    return QuantizedRows(codes, scale)
 
 
 def _quantize_rows(x: Tensor, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:

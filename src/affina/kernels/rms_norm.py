@@ -29,6 +29,7 @@ normalised, as two separate operations would, since the rounded sum is what the 
     add_rows             3 b    x, update → s
     rms_norm_backward    3 b    g, x → ∂L/∂x;  4 b with grad_residual
 
+`codes_out` writes 1 byte more: y in e4m3 (kernels/fp8.py), where a pass of its own would read b and write 1.
 A low-rank update adds R · b per row to read t, and per tile of rows R · D · b to read B from the cache.
 
 **In place.** Every element is read before anything is written to its place, by the program (on a CPU: the pass over a
@@ -52,6 +53,7 @@ import torch
 from torch import Tensor
 
 from affina.kernels.dispatch import use_triton
+from affina.kernels.fp8 import QuantizedRows, can_convert_in_kernels, quantize_rows
 
 MAX_TRITON_WIDTH = 16384
 """The widest row that one Triton program holds in registers. Wider rows take the reference."""
@@ -80,22 +82,29 @@ class RowUpdate:
         assert self.t.dtype == self.b.dtype, f"t is {self.t.dtype}, B is {self.b.dtype}"
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    out: Tensor | None = None,
+    codes_out: QuantizedRows | None = None,
+) -> tuple[Tensor, Tensor]:
     """The normalised rows y [M, D] in the type of x, and r [M] float32, which the backward pass needs.
 
-    x:       [M, D] bf16, fp16, fp32 or fp64; its row stride may exceed D
-    weight:  [D], any of these types
-    epsilon: added to the mean square
-    out:     [M, D] like x, also strided, where y is written; may be x
+    x:         [M, D] bf16, fp16, fp32 or fp64; its row stride may exceed D
+    weight:    [D], any of these types
+    epsilon:   added to the mean square
+    out:       [M, D] like x, also strided, where y is written; may be x
+    codes_out: where the e4m3 codes and scales of y's rows are written too, the bits of `quantize_rows(y)`
     """
     y = _output(x, out)
     r = _new_rstd(x)
     if _runs_triton(x):
-        from affina.kernels.triton import rms_norm as kernels
-
-        kernels.launch_forward(x, None, weight, epsilon, sum_out=None, out=y, rstd=r)
-    else:
-        _forward_reference(x, weight, epsilon, y, r)
+        _launch_forward(x, None, weight, epsilon, None, y, r, codes_out)
+        return y, r
+    _forward_reference(x, weight, epsilon, y, r)
+    _quantize(y, codes_out)
     return y, r
 
 
@@ -108,6 +117,7 @@ def add_rms_norm(
     sum_out: Tensor | None = None,
     out: Tensor | None = None,
     lora: RowUpdate | None = None,
+    codes_out: QuantizedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s = x + update + scale · t Bᵀ [M, D], the normalised rows y of s [M, D], and r [M] float32.
 
@@ -117,6 +127,7 @@ def add_rms_norm(
     sum_out:   where s is written; may be x or update
     out:       where y is written; may be x or update, but not what sum_out is
     lora:      t, B and scale; without it s = x + update
+    codes_out: where the e4m3 codes and scales of y's rows are written too, the bits of `quantize_rows(y)`
     """
     _check_sum(x, update, lora)
     s, y = _output(x, sum_out), _output(x, out)
@@ -126,14 +137,15 @@ def add_rms_norm(
         from affina.kernels.triton import rms_norm as kernels
 
         if lora is None:
-            kernels.launch_forward(x, update, weight, epsilon, sum_out=s, out=y, rstd=r)
+            _launch_forward(x, update, weight, epsilon, s, y, r, codes_out)
         else:
             kernels.launch_add(x, update, lora, s)
-            kernels.launch_forward(s, None, weight, epsilon, sum_out=None, out=y, rstd=r)
+            _launch_forward(s, None, weight, epsilon, None, y, r, codes_out)
         return s, y, r
     for part in _row_chunks(x):
         _add_reference(x, update, lora, s, part)
         _forward_reference(s[part], weight, epsilon, y[part], r[part])
+    _quantize(y, codes_out)
     return s, y, r
 
 
@@ -194,6 +206,29 @@ def rms_norm_backward(
 def _runs_triton(x: Tensor) -> bool:
     assert x.dim() == 2, f"rows must be [M, D], got {tuple(x.shape)}"
     return use_triton(x) and x.shape[1] <= MAX_TRITON_WIDTH and x.dtype != torch.float64 and x.numel() > 0
+
+
+def _launch_forward(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    sum_out: Tensor | None,
+    y: Tensor,
+    r: Tensor,
+    codes_out: QuantizedRows | None,
+) -> None:
+    from affina.kernels.triton import rms_norm as kernels
+
+    in_kernel = codes_out if can_convert_in_kernels(x.device) else None
+    kernels.launch_forward(x, update, weight, epsilon, sum_out=sum_out, out=y, rstd=r, codes_out=in_kernel)
+    if in_kernel is None:
+        _quantize(y, codes_out)
+
+
+def _quantize(y: Tensor, codes_out: QuantizedRows | None) -> None:
+    if codes_out is not None:
+        quantize_rows(y, out=codes_out.codes, scale_out=codes_out.scale)
 
 
 def _check_sum(x: Tensor, update: Tensor, lora: RowUpdate | None) -> None:

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
+from affina.kernels.triton.fp8 import row_scale
 from affina.kernels.triton.low_rank import (
     fitting_block_rank,
     load_left_factor,
@@ -31,6 +33,7 @@ from affina.kernels.triton.low_rank import (
 )
 
 if TYPE_CHECKING:
+    from affina.kernels.fp8 import QuantizedRows
     from affina.kernels.rms_norm import RowUpdate
 
 _WARP = 32
@@ -80,14 +83,20 @@ def _forward_kernel(
     sum_ptr,
     y_ptr,
     rstd_ptr,
+    codes_ptr,
+    scale_ptr,
     num_rows,
     x_stride,
     update_stride,
     sum_stride,
     y_stride,
+    codes_stride,
     epsilon,
     WIDTH: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_MAXIMUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -105,12 +114,18 @@ def _forward_kernel(
             x = (x.to(tl.float32) + update.to(tl.float32)).to(x_ptr.dtype.element_ty)
         wide = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + epsilon)
-        y = wide * rstd[:, None] * weight
+        y = (wide * rstd[:, None] * weight).to(y_ptr.dtype.element_ty)
 
         if HAS_UPDATE:
             tl.store(sum_ptr + rows_long * sum_stride + columns[None, :], x, mask=mask)
-        tl.store(y_ptr + rows_long * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + rows_long * y_stride + columns[None, :], y, mask=mask)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        if QUANTIZES:
+            numbers = y.to(tl.float32)
+            scale, factor = row_scale(tl.max(tl.abs(numbers), axis=1), LARGEST, SMALLEST_MAXIMUM)
+            codes = (numbers * factor[:, None]).to(tl.float8e4nv)
+            tl.store(codes_ptr + rows_long * codes_stride + columns[None, :], codes, mask=mask)
+            tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -255,8 +270,9 @@ def launch_forward(
     sum_out: Tensor | None,
     out: Tensor,
     rstd: Tensor,
+    codes_out: QuantizedRows | None = None,
 ) -> None:
-    """Write the norm of x, or of `sum_out` = x + update, to `out`, and its reciprocal to `rstd`."""
+    """Write the norm of x, or of `sum_out` = x + update, to `out`, and its reciprocal to `rstd`; perhaps its codes."""
     assert (update is None) == (sum_out is None)
     tile, num_programs = _row_tile(x, ROW_TILES["forward" if update is None else "sum"], 1 if update is None else 2)
     _forward_kernel[(num_programs,)](
@@ -266,14 +282,20 @@ def launch_forward(
         x if sum_out is None else sum_out,
         out,
         rstd,
+        x if codes_out is None else codes_out.codes,
+        rstd if codes_out is None else codes_out.scale,
         x.shape[0],
         row_stride(x),
         0 if update is None else row_stride(update),
         0 if sum_out is None else row_stride(sum_out),
         row_stride(out),
+        0 if codes_out is None else row_stride(codes_out.codes),
         epsilon,
         WIDTH=x.shape[1],
         HAS_UPDATE=update is not None,
+        QUANTIZES=codes_out is not None,
+        LARGEST=LARGEST,
+        SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
         **tile,
     )
 

@@ -3,9 +3,10 @@
     forward:        y  = Q(x) Q_Wᵀ           rows of x quantised, one scale per token; one scale per row of W
     input gradient: ∂x = Q(∂y ∘ s_W) Q_W     the same weight: its scales lie on the contracted axis and go into ∂y
 
-Activations and gradients are quantised as they come, row by row. The adapter's own products stay in 16 bits, but its
-share u A of the input gradient is part of the second product, as in 16 bits: [∂y u] [W; A], with u and A quantised like
-∂y and W and with the same relative error. See kernels/fp8.py for the error of each.
+Activations and gradients are quantised as they come, row by row; norms write the codes of their output themselves
+(`takes_quantized`). The adapter's own products stay in 16 bits, but its share u A of the input gradient is part of the
+second product, as in 16 bits: [∂y u] [W; A], with u and A quantised like ∂y and W and with the same relative error. See
+kernels/fp8.py for the error of each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from affina.kernels.fp8 import E4M3, GEMM_MULTIPLE, fp8_linear, fp8_linear_backward, quantize_rows
+from affina.kernels.fp8 import (
+    E4M3,
+    GEMM_MULTIPLE,
+    QuantizedRows,
+    fp8_linear,
+    fp8_linear_backward,
+    quantize_rows,
+)
 from affina.models.weights import Fp8Linear
 
 
@@ -34,6 +42,7 @@ class Fp8Stack:
 
     num_extra = 0
     """No room beside gradients for low-rank parts: they meet in the codes."""
+    takes_quantized = True
 
     def __init__(self, layers: Sequence[Fp8Linear]) -> None:
         sizes = [layer.out_features for layer in layers]
@@ -46,8 +55,8 @@ class Fp8Stack:
     def shape(self) -> tuple[int, int]:
         return self._codes.shape[0], self._codes.shape[1]
 
-    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        codes, scale = quantize_rows(x)
+    def forward(self, x: Tensor, *, quantized: QuantizedRows | None = None, out: Tensor | None = None) -> Tensor:
+        codes, scale = quantized if quantized is not None else quantize_rows(x)
         return fp8_linear(codes, scale, self._codes, self._scale, out_dtype=x.dtype, out=out)
 
     def input_gradient(

@@ -41,7 +41,7 @@ from affina.kernels.attention import AttentionResult, Segments, attention, atten
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm, rms_norm_backward
 from affina.kernels.swiglu import GateUpUpdate, swiglu, swiglu_backward_with_ranks
-from affina.models.fast.linear import AdaptedLinear
+from affina.models.fast.linear import AdaptedLinear, Operand
 from affina.models.fast.parameters import FlatPart
 
 
@@ -229,19 +229,29 @@ class DecoderLayer:
 
     # Forward
 
-    def normed_input(self, before: Pending) -> tuple[Saved, Tensor]:
+    def normed_input(self, before: Pending) -> tuple[Saved, Operand]:
         """(x, kept; h₁ [T, D])"""
-        epsilon = self.spec.norm_epsilon
         if before.update is None:
-            saved = Saved(before.x)
-            h, saved.rstd1 = rms_norm(before.x, self.input_norm, epsilon)
-            return saved, h
-        x, h, rstd = add_rms_norm(
-            before.x, before.update, self.input_norm, epsilon, sum_out=before.update, lora=before.lora
-        )
+            h, rstd = self.normed(before.x, self.input_norm, self.qkv)
+            return Saved(before.x, rstd1=rstd), h
+        x, h, rstd = self.normed_sum(before.x, before.update, before.lora, self.input_norm, self.qkv)
         return Saved(x, rstd1=rstd), h
 
-    def _project(self, h: Tensor, saved: Saved, row: RowContext) -> None:
+    def normed(self, x: Tensor, weight: Tensor, reader: AdaptedLinear) -> tuple[Operand, Tensor]:
+        """(norm of x, for `reader`; its factors [M])"""
+        codes = reader.new_codes(x)
+        h, rstd = rms_norm(x, weight, self.spec.norm_epsilon, codes_out=codes)
+        return Operand(h, codes), rstd
+
+    def normed_sum(
+        self, x: Tensor, update: Tensor, lora: RowUpdate | None, weight: Tensor, reader: AdaptedLinear
+    ) -> tuple[Tensor, Operand, Tensor]:
+        """(x + update + low-rank part, written over `update`; its norm, for `reader`; the norm's factors [M])"""
+        codes = reader.new_codes(x)
+        x, h, rstd = add_rms_norm(x, update, weight, self.spec.norm_epsilon, sum_out=update, lora=lora, codes_out=codes)
+        return x, Operand(h, codes), rstd
+
+    def _project(self, h: Operand, saved: Saved, row: RowContext) -> None:
         """h₁ → q, k, v"""
         saved.qkv, saved.t_qkv = self.qkv.forward(h, row.flat, is_wide=True, folds=self.folds)
 
@@ -271,33 +281,31 @@ class DecoderLayer:
         columns = saved.qkv[:, self.spec.query_size + self.spec.key_value_size : self.qkv.num_outputs]
         return saved.q, saved.k, columns.view(-1, self.spec.num_kv_heads, self.spec.head_dim)
 
-    def _add_attention(self, saved: Saved, row: RowContext) -> Tensor:
+    def _add_attention(self, saved: Saved, row: RowContext) -> Operand:
         """o → x₂ → h₂ [T, D]"""
         assert saved.attended is not None
         heads = saved.attended.output.flatten(1)
-        update, saved.t_o = self.output.forward(heads, row.flat, folds=self.folds)
+        update, saved.t_o = self.output.forward(Operand(heads), row.flat, folds=self.folds)
         lora = self.row_update(self.output, saved.t_o, row)
-        saved.x2, h, saved.rstd2 = add_rms_norm(
-            saved.x, update, self.mlp_norm, self.spec.norm_epsilon, sum_out=update, lora=lora
-        )
+        saved.x2, h, saved.rstd2 = self.normed_sum(saved.x, update, lora, self.mlp_norm, self.gate_up)
         return h
 
-    def mlp(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def mlp(self, h: Operand, row: RowContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """h₂ of some tokens → (what is added to x₂, wide gate and up, their t, t of the down projection)"""
         gate_up, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
         activation = swiglu(gate_up[:, : self.gate_up.num_outputs], lora=self.gate_up_update(t, row))
-        update, t_down = self.down.forward(activation, row.flat, folds=self.folds)
+        update, t_down = self.down.forward(Operand(activation), row.flat, folds=self.folds)
         return update, gate_up, t, t_down
 
-    def _mlp_in_parts(self, h: Tensor, row: RowContext) -> tuple[Tensor, Tensor | None]:
+    def _mlp_in_parts(self, h: Operand, row: RowContext) -> tuple[Tensor, Tensor | None]:
         """h₂ → (what is added to x₂, t of the down projection)"""
-        if h.shape[0] <= row.part_tokens:
+        if h.values.shape[0] <= row.part_tokens:
             update, _, _, t_down = self.mlp(h, row)
             return update, t_down
-        update = torch.empty_like(h)
+        update = torch.empty_like(h.values)
         ts = []
         for part in row.parts():
-            update[part], _, _, t = self.mlp(h[part], row)
+            update[part], _, _, t = self.mlp(h.part(part), row)
             ts.append(t)
         return update, torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
 
@@ -306,7 +314,7 @@ class DecoderLayer:
     def _complete_attention(self, saved: Saved, row: RowContext) -> None:
         """Compute again what was not kept, up to x₂."""
         if saved.qkv is None:
-            h, saved.rstd1 = rms_norm(saved.x, self.input_norm, self.spec.norm_epsilon)
+            h, saved.rstd1 = self.normed(saved.x, self.input_norm, self.qkv)
             self._project(h, saved, row)
             del h
         if saved.attended is None:
@@ -327,13 +335,13 @@ class DecoderLayer:
             return
         for part in row.parts():
             x2 = saved.x2[part]
-            h, rstd2 = rms_norm(x2, self.mlp_norm, self.spec.norm_epsilon)
+            h, rstd2 = self.normed(x2, self.mlp_norm, self.gate_up)
             t_down = saved.t_down[part] if saved.t_down is not None else None
             again = self.mlp_again(x2, h, rstd2, t_down, row)
             del h
             self.mlp_backward(stream[part], again, row, gradient, accumulates=part.start > 0)
 
-    def mlp_again(self, x2: Tensor, h: Tensor, rstd2: Tensor, t_down: Tensor | None, row: RowContext) -> NormedMlp:
+    def mlp_again(self, x2: Tensor, h: Operand, rstd2: Tensor, t_down: Tensor | None, row: RowContext) -> NormedMlp:
         """What the backward pass of some tokens' MLP needs, from their x₂ and its norm h."""
         gate_up, t = self.gate_up.forward(h, row.flat, is_wide=True, folds=self.folds)
         return NormedMlp(x2, rstd2, gate_up, t, t_down)

@@ -33,9 +33,29 @@ import torch
 from torch import Tensor
 
 from affina.catalog.save_policy import PITCH
+from affina.kernels.fp8 import QuantizedRows
 from affina.kernels.products import product_into
 from affina.models.fast.parameters import FlatPart, GroupSlice, PairSlice
 from affina.models.fast.weights import FrozenStack, Workspace
+
+
+@dataclass(slots=True)
+class Operand:
+    """Input [M, K] of a stack.
+
+    quantized: the same rows in 8 bits, where what made them wrote those too; the first product uses them up
+    """
+
+    values: Tensor
+    quantized: QuantizedRows | None = None
+
+    def part(self, rows: slice) -> Operand:
+        """Some of the rows, the same memory."""
+        return Operand(self.values[rows], None if self.quantized is None else self.quantized.part(rows))
+
+    def take_quantized(self) -> QuantizedRows | None:
+        quantized, self.quantized = self.quantized, None
+        return quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +87,16 @@ class AdaptedLinear:
         columns = self.num_outputs + self.num_extra
         return like.new_empty(num_tokens, -(-columns // PITCH) * PITCH)[:, :columns]
 
+    def new_codes(self, x: Tensor) -> QuantizedRows | None:
+        """Memory for the codes of x [M, K], for who makes x to write; None where products take x as it is."""
+        return QuantizedRows.empty(x.shape[0], x.shape[1], x.device) if self.stack.takes_quantized else None
+
     def wide(self, stream: Tensor) -> Tensor:
         """[M, N + R] of a buffer whose first N columns are a gradient of the outputs, and which has R more, or more."""
         return stream[:, : self.num_outputs + self.num_extra]
 
     def forward(
-        self, x: Tensor, flat: FlatPart, *, is_wide: bool = False, folds: bool = False
+        self, operand: Operand, flat: FlatPart, *, is_wide: bool = False, folds: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """x [M, K] → (y [M, N], t [M, R] for the backward pass).
 
@@ -80,13 +104,14 @@ class AdaptedLinear:
         is_wide: y is the first N columns of a buffer for its gradient: [M, N + R] is returned
         folds:   y without s t Bᵀ, which the caller's next operation adds
         """
+        x, quantized = operand.values, operand.take_quantized()
         wide = self.new_outputs(x.shape[0], x) if is_wide else x.new_empty(x.shape[0], self.num_outputs)
         y = wide[:, : self.num_outputs]
         t = None if self.slices is None else x @ self.slices.a(flat).t()
         if t is not None and self.merges:
             torch.mm(x, self._merged_weight(flat).t(), out=y)
         else:
-            self.stack.forward(x, out=y)
+            self.stack.forward(x, quantized=quantized, out=y)
             if t is not None and not folds:
                 self._add_update(y, t, flat)
         if self.bias is not None:

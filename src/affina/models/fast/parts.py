@@ -26,8 +26,9 @@ from torch import Tensor
 from affina.catalog.lowest_memory import num_head_groups
 from affina.kernels.attention import AttentionResult, attention, attention_backward
 from affina.kernels.qk_rope import qk_rope, qk_rope_backward
-from affina.kernels.rms_norm import add_rms_norm, add_rows, rms_norm
+from affina.kernels.rms_norm import add_rows
 from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
+from affina.models.fast.linear import Operand
 from affina.models.fast.parameters import FlatPart
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -68,7 +69,7 @@ def backward(
     before_tail: called when the layer's largest moment is over and the next input may be fetched
     """
     x = saved.x
-    h, _ = rms_norm(x, layer.input_norm, layer.spec.norm_epsilon)
+    h, _ = layer.normed(x, layer.input_norm, layer.qkv)
     heads = _rotated(layer, h, row)
     del h
     attended = saved.attended
@@ -83,13 +84,13 @@ def backward(
         _projection_backward(layer, stream[part], x[part], heads, part, row, gradient, is_first=is_first)
 
 
-def _rotated(layer: DecoderLayer, h: Tensor, row: RowContext) -> Heads:
+def _rotated(layer: DecoderLayer, h: Operand, row: RowContext) -> Heads:
     """h₁ → q, k, v, norm and rotation done."""
-    spec = layer.spec
-    q = h.new_empty(h.shape[0], spec.num_heads, spec.head_dim)
-    k, v = (h.new_empty(h.shape[0], spec.num_kv_heads, spec.head_dim) for _ in range(2))
+    spec, values = layer.spec, h.values
+    q = values.new_empty(values.shape[0], spec.num_heads, spec.head_dim)
+    k, v = (values.new_empty(values.shape[0], spec.num_kv_heads, spec.head_dim) for _ in range(2))
     for part in row.parts():
-        qkv, t = layer.qkv.forward(h[part], row.flat, is_wide=True, folds=layer.folds)
+        qkv, t = layer.qkv.forward(h.part(part), row.flat, is_wide=True, folds=layer.folds)
         products = qkv[:, : layer.qkv.num_outputs]
         cos, sin, update = row.cos[part], row.sin[part], layer.qkv_update(t, row)
         if update is None:
@@ -102,12 +103,11 @@ def _rotated(layer: DecoderLayer, h: Tensor, row: RowContext) -> Heads:
 
 def _attention_added(
     layer: DecoderLayer, x: Tensor, attended: AttentionResult, part: slice, row: RowContext
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Operand, Tensor, Tensor | None]:
     """x and o of some tokens → (x₂, its norm h₂, the norm's factors, t of the output projection)"""
-    update, t = layer.output.forward(attended.output[part].flatten(1), row.flat, folds=layer.folds)
+    update, t = layer.output.forward(Operand(attended.output[part].flatten(1)), row.flat, folds=layer.folds)
     lora = layer.row_update(layer.output, t, row)
-    epsilon = layer.spec.norm_epsilon
-    x2, h, rstd = add_rms_norm(x, update, layer.mlp_norm, epsilon, sum_out=update, lora=lora)
+    x2, h, rstd = layer.normed_sum(x, update, lora, layer.mlp_norm, layer.gate_up)
     return x2, h, rstd, t
 
 
@@ -175,7 +175,7 @@ def _projection_backward(
     is_first: bool,
 ) -> None:
     """Gradients of the rotated q, k, v of some tokens and ∂x₂ → ∂x, in its place."""
-    h, rstd = rms_norm(x, layer.input_norm, layer.spec.norm_epsilon)
+    h, rstd = layer.normed(x, layer.input_norm, layer.qkv)
     qkv, t = layer.qkv.forward(h, row.flat, is_wide=True, folds=layer.folds)
     del h
     products = qkv[:, : layer.qkv.num_outputs]

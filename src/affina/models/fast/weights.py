@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from affina.kernels.fp8 import QuantizedRows
 from affina.models.fast.fp8 import Fp8Stack, can_multiply_fp8
 from affina.models.weights import Fp8Linear, QuantizedLinear
 
@@ -37,8 +38,16 @@ class FrozenStack(Protocol):
         """R, the room below the weights; 0 where gradients need no room for u beside them."""
         ...
 
-    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """[M, in] → [M, Σ out]; the row stride of `out` may be larger."""
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether `forward` multiplies e4m3 codes of x."""
+        ...
+
+    def forward(self, x: Tensor, *, quantized: QuantizedRows | None = None, out: Tensor | None = None) -> Tensor:
+        """[M, in] → [M, Σ out]; the row stride of `out` may be larger.
+
+        quantized: codes of x, where they exist already and `takes_quantized`
+        """
         ...
 
     def input_gradient(
@@ -79,6 +88,8 @@ class Workspace:
 class DenseStack:
     """Weights in the type of the computation. num_extra: R, rows of room below them."""
 
+    takes_quantized = False
+
     def __init__(self, layers: Sequence[nn.Linear], num_extra: int) -> None:
         self.num_extra = num_extra
         self._buffer, self._weight = _as_one_tensor(layers, num_extra)
@@ -87,7 +98,8 @@ class DenseStack:
     def shape(self) -> tuple[int, int]:
         return self._weight.shape[0], self._weight.shape[1]
 
-    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, quantized: QuantizedRows | None = None, out: Tensor | None = None) -> Tensor:
+        assert quantized is None, "16-bit weights take 16-bit rows"
         return torch.mm(x, self._weight.t(), out=out)
 
     def input_gradient(
@@ -110,6 +122,8 @@ class ExpandedStack:
             input gradient are then added up in the type of the computation.
     """
 
+    takes_quantized = False
+
     def __init__(
         self, layers: Sequence[QuantizedLinear], num_extra: int, workspace: Workspace, *, splits: bool = False
     ) -> None:
@@ -125,7 +139,8 @@ class ExpandedStack:
     def shape(self) -> tuple[int, int]:
         return sum(self._rows), self._layers[0].in_features
 
-    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, quantized: QuantizedRows | None = None, out: Tensor | None = None) -> Tensor:
+        assert quantized is None, "16-bit weights take 16-bit rows"
         if not self._splits:
             return torch.mm(x, self._expand(self._layers).t(), out=out)
         product = x.new_empty(x.shape[0], self.shape[0]) if out is None else out
