@@ -36,7 +36,7 @@ ELEMENTS = (16, 24, 40, 80)
 
 @dataclass(frozen=True)
 class Rows:
-    """An operand: x [M, K], u [M, R] beside it or None, and factors of the columns or None."""
+    """An operand: x [M, K], u [M, R] beside it or None, and factors [K + R] of the columns or None."""
 
     name: str
     x: Tensor
@@ -46,6 +46,12 @@ class Rows:
     @property
     def columns(self) -> int:
         return self.x.shape[1] + (0 if self.u is None else self.u.shape[1])
+
+
+def split(factor: Tensor | None, columns: int) -> dict[str, Tensor | None]:
+    if factor is None:
+        return {}
+    return {"column_factor": factor[:columns], "beside_factor": factor[columns:]}
 
 
 def operands(num_rows: int, rank: int) -> Iterator[Rows]:
@@ -111,10 +117,11 @@ def time_copying(num_rows: int) -> None:
 
 def time_quantising(rows: Rows) -> None:
     """One operand, every way."""
+    factors = split(rows.factor, rows.x.shape[1])
     memory = QuantizedRows.empty(rows.x.shape[0], rows.columns, rows.x.device)
 
     def quantize() -> QuantizedRows:
-        return quantize_rows(rows.x, beside=rows.u, column_factor=rows.factor, out=memory.codes, scale_out=memory.scale)
+        return quantize_rows(rows.x, beside=rows.u, out=memory.codes, scale_out=memory.scale, **factors)
 
     whole = rows.x if rows.u is None else torch.cat([rows.x, rows.u], dim=1)
     per_layer = rows.name.count(";") + 1
@@ -151,7 +158,7 @@ def time_norm(num_rows: int, rank: int) -> None:
 
 
 def time_transposing() -> None:
-    """The weights' codes, transposed for the input gradient."""
+    """The weights' codes and those of the adapter's A below them, transposed for the input gradient."""
     print("transposing codes of a layer's weights")
     for rows, columns in (
         (QUERIES + 2 * KEYS, HIDDEN),
@@ -159,9 +166,15 @@ def time_transposing() -> None:
         (2 * INTERMEDIATE, HIDDEN),
         (HIDDEN, INTERMEDIATE),
     ):
-        codes, _ = quantize_rows(random(rows, columns))
-        assert torch.equal(transpose_codes(codes).view(torch.uint8), codes.view(torch.uint8).t())
-        show(f"[{rows}, {columns}]", lambda codes=codes: transpose_codes(codes), 2 * codes.numel())  # type: ignore[misc]
+        codes, a = quantize_rows(random(rows, columns)).codes, quantize_rows(random(16, columns)).codes
+        out = torch.empty(columns, rows + 16, dtype=fp8.E4M3, device=DEVICE)
+
+        def transpose(codes: Tensor = codes, a: Tensor = a, out: Tensor = out) -> Tensor:
+            return transpose_codes(codes, below=a, out=out)
+
+        stacked = torch.cat([codes.view(torch.uint8), a.view(torch.uint8)])
+        assert torch.equal(transpose().view(torch.uint8), stacked.t()), "bytes are lost"
+        show(f"[{rows}, {columns}]", transpose, 2 * stacked.numel())
 
 
 @torch.no_grad()

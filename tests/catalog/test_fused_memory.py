@@ -85,7 +85,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return LOSS, gradient_out
 
     def quantize_rows(
-        x: Tensor, *, beside: Any = None, column_factor: Any = None, out: Any = None, scale_out: Any = None
+        x: Tensor, *, beside: Any = None, out: Any = None, scale_out: Any = None, **_: Any
     ) -> QuantizedRows:
         assert beside is None or out is not None
         codes = torch.empty(x.shape, dtype=E4M3) if out is None else out
@@ -117,6 +117,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fp8_kernels, fp8_module):
         monkeypatch.setattr(module, "quantize_rows", quantize_rows)
         monkeypatch.setattr(module, "fp8_linear", fp8_linear)
+    monkeypatch.setattr(fp8_kernels, "transpose_codes", lambda *_, **__: None)
     monkeypatch.setattr(weights_module, "can_multiply_fp8", lambda _: True)
     monkeypatch.setattr(decoder_module, "rms_norm", rms_norm)
     monkeypatch.setattr(decoder_module, "rms_norm_backward", lambda grad, *_, out, **__: out)

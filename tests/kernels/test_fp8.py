@@ -152,7 +152,7 @@ def test_an_adapters_share_is_quantised_like_the_rest(rank):
 
 def test_rows_beside_others_are_quantised_as_one():
     x, beside, factor = normal(5, 60), normal(5, 24, seed=1) * 4, torch.linspace(0.1, 3, 84)
-    found = quantize_rows(x, beside=beside, column_factor=factor)
+    found = quantize_rows(x, beside=beside, column_factor=factor[:60], beside_factor=factor[60:])
     expected = quantize_rows(torch.cat([x, beside], dim=1), column_factor=factor)
     assert torch.equal(found[0].float(), expected[0].float())
     assert torch.equal(found[1], expected[1])
@@ -161,6 +161,8 @@ def test_rows_beside_others_are_quantised_as_one():
 def test_transposing_codes_moves_every_byte():
     codes, _ = quantize_rows(normal(37, 21))
     assert torch.equal(transpose_codes(codes).float(), codes.float().t())
+    below, _ = quantize_rows(normal(5, 21, seed=1))
+    assert torch.equal(transpose_codes(codes, below=below).float(), torch.cat([codes.float(), below.float()]).t())
 
 
 def test_the_triton_kernels_of_fp8_equal_the_reference():

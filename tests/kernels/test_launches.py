@@ -7,7 +7,7 @@ import torch
 
 from affina.kernels import qk_rope as rope_operation
 from affina.kernels import rms_norm as norm_operation
-from affina.kernels.fp8 import QuantizedRows, quantize_rows
+from affina.kernels.fp8 import QuantizedRows, quantize_rows, transpose_codes
 from affina.kernels.qk_rope import QkvUpdate, qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import RowUpdate, add_rms_norm, add_rows, rms_norm
 from tests.kernels.compiled import compile_launches, require_compiler
@@ -118,12 +118,15 @@ def test_quantising_rows_compiles_and_reads_whole_words(columns, rank, monkeypat
     monkeypatch.setattr(fp8, "use_triton", lambda _: True)
     x, beside = empty(20, columns, dtype=torch.bfloat16), empty(20, rank, dtype=torch.bfloat16)
     factor = empty(columns + rank, dtype=torch.float32)
+    codes = empty(64, columns, dtype=torch.float8_e4m3fn)
 
     def call():
         quantize_rows(x)
-        quantize_rows(x, beside=beside if rank else None, column_factor=factor)
+        quantize_rows(x, beside=beside, column_factor=factor[:columns], beside_factor=factor[columns:])
+        transpose_codes(codes, below=codes[:rank])
 
-    found = compile_launches(kernels, ["_quantize_rows_kernel"], call, monkeypatch, capability=90)
-    assert len(found) == 2
+    names = ["_quantize_rows_kernel", "_transpose_kernel"]
+    found = compile_launches(kernels, names, call, monkeypatch, capability=90)
+    assert len(found) == 3
     assert all(".v4.b32" in kernel.asm["ptx"] for kernel in found)
     assert max(kernel.metadata.shared for kernel in found) <= SHARED_BYTES[90]

@@ -59,7 +59,10 @@ def test_rows_beside_others_are_quantised_as_one(columns, rank, dtype):
     x, beside = normal(6, columns + 3, dtype)[:, :columns], normal(6, rank + 2, dtype, seed=1)[:, :rank] * 3
     factor = normal(1, columns + rank, seed=2)[0].abs()
     whole = torch.cat([x, beside], dim=1)
-    assert equal(fp8.quantize_rows(x, beside=beside, column_factor=factor), reference(whole, factor))
+    assert equal(
+        fp8.quantize_rows(x, beside=beside, column_factor=factor[:columns], beside_factor=factor[columns:]),
+        reference(whole, factor),
+    )
     assert equal(fp8.quantize_rows(x, beside=beside), reference(whole))
 
 
@@ -70,7 +73,10 @@ def test_rows_are_held_in_two_pieces(columns):
     beside = normal(3, 5, torch.bfloat16, seed=1) * 3
     assert equal(fp8.quantize_rows(x), reference(x))
     whole = torch.cat([x, beside], dim=1)
-    assert equal(fp8.quantize_rows(x, beside=beside, column_factor=factor), reference(whole, factor))
+    assert equal(
+        fp8.quantize_rows(x, beside=beside, column_factor=factor[:columns], beside_factor=factor[columns:]),
+        reference(whole, factor),
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,9 @@ def test_transposing_moves_every_byte(shape):
     codes, _ = reference(normal(*shape))
     found = fp8.transpose_codes(codes)
     assert torch.equal(found.view(torch.uint8), codes.view(torch.uint8).t())
+    below, _ = reference(normal(7, shape[1], seed=1))
+    stacked = torch.cat([codes.view(torch.uint8), below.view(torch.uint8)])
+    assert torch.equal(fp8.transpose_codes(codes, below=below).view(torch.uint8), stacked.t())
     room = torch.zeros(shape[1], shape[0] + 16, device=DEVICE).to(fp8.E4M3)
     fp8.transpose_codes(codes, out=room[:, : shape[0]])
     assert torch.equal(room[:, : shape[0]].view(torch.uint8), codes.view(torch.uint8).t())

@@ -383,8 +383,8 @@ class _Layer:
         if self.row.products == "fp8":
             width = -(-(num_outputs + rank) // FP8_MULTIPLE) * FP8_MULTIPLE
             codes = allocated(rows * width, 1) + allocated(rows, 4)
-            transposed = allocated(num_inputs * width, 1) + allocated(num_inputs, 4)
-            of_adapter = allocated(rank * num_inputs, 1) + allocated(rank, 4) + allocated(num_outputs + rank, 4)
+            transposed = allocated(num_inputs * width, 1)
+            of_adapter = allocated(rank * num_inputs, 1) + allocated(rank, 4)
             self._pass(codes + transposed + (of_adapter if rank else 0) + result)
         with self.ledger.during(result):
             yield

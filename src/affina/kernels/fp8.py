@@ -85,6 +85,7 @@ def quantize_rows(
     *,
     beside: Tensor | None = None,
     column_factor: Tensor | None = None,
+    beside_factor: Tensor | None = None,
     out: Tensor | None = None,
     scale_out: Tensor | None = None,
 ) -> QuantizedRows:
@@ -92,7 +93,8 @@ def quantize_rows(
 
     x:             [M, K] bf16, fp16 or fp32; a row is contiguous, rows may be apart
     beside:        [M, R] of the type of x: [x, beside] is quantised, K + R columns, without being made; or None
-    column_factor: [K + R] fp32, multiplied into the columns before quantising, or None
+    column_factor: [K] fp32, multiplied into the columns of x before quantising, or None
+    beside_factor: [R] fp32, into those of `beside`; None with column_factor
     out:           [M, K + R] float8_e4m3fn memory for the codes; a row is contiguous, rows may be apart
     scale_out:     [M] fp32 memory for the scales
     """
@@ -109,15 +111,21 @@ def quantize_rows(
     assert scale.is_contiguous(), "scales must be contiguous"
     assert beside is None or (beside.shape[0] == x.shape[0] and beside.dtype == x.dtype), "rows beside others"
     assert beside is None or beside.shape[1] <= 1 or beside.stride(1) == 1, "the numbers of a row must lie side by side"
+    assert beside is None or (column_factor is None) == (beside_factor is None), "all columns have a factor, or none"
     if codes.numel() == 0:
         return QuantizedRows(codes, scale.fill_(1.0))
     if not (use_triton(x) and can_convert_in_kernels(x.device)):
-        _quantize_rows(x if beside is None else torch.cat([x, beside], dim=1), column_factor, codes, scale)
+        if beside is not None:
+            x = torch.cat([x, beside], dim=1)
+            factors = [factor for factor in (column_factor, beside_factor) if factor is not None]
+            column_factor = torch.cat(factors) if factors else None
+        _quantize_rows(x, column_factor, codes, scale)
         return QuantizedRows(codes, scale)
     from affina.kernels.triton import fp8 as kernel
 
-    factor = column_factor.contiguous() if column_factor is not None else None
-    kernel.quantize_rows(x, beside, factor, codes, scale)
+    for factor in (column_factor, beside_factor):
+        assert factor is None or factor.is_contiguous(), "factors must be contiguous"
+    kernel.quantize_rows(x, beside, column_factor, beside_factor, codes, scale)
     return QuantizedRows(codes, scale)
 
 
@@ -209,38 +217,48 @@ def fp8_linear_backward(
     use_fast_accum: bool = True,
     u: Tensor | None = None,
     a: Tensor | None = None,
+    ones: Tensor | None = None,
 ) -> Tensor:
     """[M, K] dy W + u A for dy [M, N] (bf16, fp16 or fp32), which is quantised, and the weight of `fp8_linear`.
 
     u, a: [M, R] of the type of dy and [R, K], both quantised as dy and W are; None: without them
+    ones: [K] float32, the scales of the product's second factor; None: made here
     """
     num_outputs, num_inputs = w8.shape
     rank = 0 if a is None else a.shape[0]
     width = -(-(num_outputs + rank) // GEMM_MULTIPLE) * GEMM_MULTIPLE
     codes = torch.empty(gradient.shape[0], width, dtype=E4M3, device=gradient.device)
     transposed = torch.empty(num_inputs, width, dtype=E4M3, device=gradient.device)
-    transpose_codes(w8, out=transposed[:, :num_outputs])
-    factor = w_scale
-    if a is not None:
-        a_codes, a_scale = quantize_rows(a)
-        transposed[:, num_outputs : num_outputs + rank].view(torch.uint8).copy_(a_codes.view(torch.uint8).t())
-        factor = torch.cat([w_scale, a_scale])
+    a_codes, a_scale = quantize_rows(a) if a is not None else (None, None)
+    transpose_codes(w8, below=a_codes, out=transposed[:, : num_outputs + rank])
     for unused in (codes[:, num_outputs + rank :], transposed[:, num_outputs + rank :]):
         unused.view(torch.uint8).zero_()
-    _, scale = quantize_rows(gradient, beside=u, column_factor=factor, out=codes[:, : num_outputs + rank])
-    ones = torch.ones(transposed.shape[0], dtype=torch.float32, device=transposed.device)
+    used = codes[:, : num_outputs + rank]
+    _, scale = quantize_rows(gradient, beside=u, column_factor=w_scale, beside_factor=a_scale, out=used)
+    if ones is None:
+        ones = torch.ones(num_inputs, dtype=torch.float32, device=transposed.device)
     return fp8_linear(codes, scale, transposed, ones, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
 
 
 @torch.no_grad()
-def transpose_codes(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """[K, N] contiguous, the transpose of `codes` [N, K] e4m3, written to `out` if given."""
+def transpose_codes(codes: Tensor, *, below: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """[K, N + R] contiguous, the transpose of `codes` [N, K] e4m3 and, if given, of `below` [R, K] under them.
+
+    out: where it is written; rows may be apart
+    """
     rows, columns = codes.shape
+    if below is not None:
+        assert below.shape[1] == columns, f"{tuple(below.shape)} below {tuple(codes.shape)}"
+        rows += below.shape[0]
     transposed = out if out is not None else torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
     assert transposed.shape == (columns, rows), f"{tuple(transposed.shape)} memory for {(columns, rows)} codes"
     if not use_triton(codes) or codes.numel() == 0:
-        return transposed.copy_(codes.t())
+        stacked = codes.view(torch.uint8)
+        if below is not None:
+            stacked = torch.cat([stacked, below.view(torch.uint8)])
+        transposed.view(torch.uint8).copy_(stacked.t())
+        return transposed
     from affina.kernels.triton import fp8 as kernel
 
-    kernel.transpose_codes(codes, transposed)
+    kernel.transpose_codes(codes, below, transposed)
     return transposed

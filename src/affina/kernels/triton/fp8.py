@@ -58,6 +58,7 @@ def _quantize_rows_kernel(
     x,
     beside,
     column_factor,
+    beside_factor,
     codes,
     scale,
     x_stride,
@@ -85,7 +86,7 @@ def _quantize_rows_kernel(
     if BESIDE > 0:
         extra_lane = tl.arange(0, BESIDE)
         row_beside = beside + index * beside_stride
-        extra = _numbers(row_beside, column_factor + K, extra_lane, extra_lane < R, HAS_FACTOR, True)
+        extra = _numbers(row_beside, beside_factor, extra_lane, extra_lane < R, HAS_FACTOR, True)
     magnitudes = tl.abs(head)
     for tile in range(1, NUM_TILES):
         column = tile * HEAD + lane
@@ -110,7 +111,14 @@ def _quantize_rows_kernel(
         tl.store(row_codes + K + extra_lane, (extra * factor).to(tl.float8e4nv), mask=extra_lane < R)
 
 
-def quantize_rows(x: Tensor, beside: Tensor | None, column_factor: Tensor | None, codes: Tensor, scale: Tensor) -> None:
+def quantize_rows(
+    x: Tensor,
+    beside: Tensor | None,
+    column_factor: Tensor | None,
+    beside_factor: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+) -> None:
     """Launches the kernel; arguments as in `affina.kernels.fp8.quantize_rows`."""
     rows, columns = x.shape
     head, tail = held_pieces(columns)
@@ -118,6 +126,7 @@ def quantize_rows(x: Tensor, beside: Tensor | None, column_factor: Tensor | None
         x,
         beside if beside is not None else x,
         column_factor if column_factor is not None else scale,
+        beside_factor if beside_factor is not None else scale,
         codes,
         scale,
         x.stride(0),
@@ -153,27 +162,38 @@ def num_warps(held: int) -> int:
 
 
 @triton.jit
-def _transpose_kernel(source, target, N, K, source_stride, target_stride, T: tl.constexpr):
+def _transpose_kernel(
+    source, below, target, N, R, K, source_stride, below_stride, target_stride, HAS_BELOW: tl.constexpr, T: tl.constexpr
+):
     row = tl.program_id(1) * T + tl.arange(0, T)
     column = tl.program_id(0) * T + tl.arange(0, T)
     place = row.to(tl.int64)[:, None] * source_stride + column[None, :]
     tile = tl.load(source + place, mask=(row < N)[:, None] & (column < K)[None, :], other=0)
+    if HAS_BELOW:
+        row_below = row - N
+        place = row_below.to(tl.int64)[:, None] * below_stride + column[None, :]
+        is_below = (row_below >= 0) & (row_below < R)
+        tile |= tl.load(below + place, mask=is_below[:, None] & (column < K)[None, :], other=0)
     place = column.to(tl.int64)[:, None] * target_stride + row[None, :]
-    tl.store(target + place, tl.trans(tile), mask=(column < K)[:, None] & (row < N)[None, :])
+    tl.store(target + place, tl.trans(tile), mask=(column < K)[:, None] & (row < N + R)[None, :])
 
 
-def transpose_codes(codes: Tensor, transposed: Tensor) -> None:
-    """Writes the transpose of `codes` [N, K] to `transposed` [K, N]; both have one byte per number."""
-    rows, columns = codes.shape
+def transpose_codes(codes: Tensor, below: Tensor | None, transposed: Tensor) -> None:
+    """Writes the transpose of `codes` [N, K] and of `below` [R, K] to `transposed` [K, N + R], all of bytes."""
+    columns, rows = transposed.shape
     grid = (triton.cdiv(columns, TRANSPOSE_TILE), triton.cdiv(rows, TRANSPOSE_TILE))
     assert grid[1] < 65536, f"a grid has at most 65,535 rows of tiles, {rows} rows need {grid[1]}"
     _transpose_kernel[grid](
         codes.view(torch.uint8),
+        (below if below is not None else codes).view(torch.uint8),
         transposed.view(torch.uint8),
-        rows,
+        codes.shape[0],
+        0 if below is None else below.shape[0],
         columns,
         codes.stride(0),
+        0 if below is None else below.stride(0),
         transposed.stride(0),
+        HAS_BELOW=below is not None,
         T=TRANSPOSE_TILE,
         num_warps=4,
     )

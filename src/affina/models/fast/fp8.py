@@ -45,6 +45,7 @@ class Fp8Stack:
     takes_quantized = True
 
     def __init__(self, layers: Sequence[Fp8Linear]) -> None:
+        self._ones = torch.ones(layers[0].in_features, dtype=torch.float32, device=layers[0].weight.device)
         sizes = [layer.out_features for layer in layers]
         self._codes = torch.cat([layer.weight.data.view(torch.uint8) for layer in layers]).view(E4M3)
         self._scale = torch.cat([layer.scale for layer in layers])
@@ -65,7 +66,8 @@ class Fp8Stack:
         # Codes of some columns are gathered: the product takes contiguous ones.
         codes = self._codes.view(torch.uint8)[:, columns].contiguous().view(E4M3)
         a = a[:, columns] if a is not None else None
-        return fp8_linear_backward(grad_output, codes, self._scale, out_dtype=grad_output.dtype, u=u, a=a)
+        ones = self._ones[columns]
+        return fp8_linear_backward(grad_output, codes, self._scale, out_dtype=grad_output.dtype, u=u, a=a, ones=ones)
 
     def dense(self, out: Tensor) -> Tensor:
         return out.copy_(self._codes.float() * self._scale.unsqueeze(1))
