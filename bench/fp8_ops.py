@@ -3,9 +3,9 @@
     PYTHONPATH=src python bench/fp8_ops.py [--rows 16384] [--rank 16]
 
 Shapes are the operands of Qwen3-4B's 8-bit products. Codes and scales must be the bits of the PyTorch reference. Each
-operand is timed with several numbers a thread (`ELEMENTS`) and, as `one piece`, held in the next power of two on one
-warp for 512 numbers. TB/s are those of the bytes that the operation must move, to be read beside the first line, a
-copy. Takes less than a minute.
+operand is timed with several numbers a thread (`ELEMENTS`) and, as `one piece`, held in the next power of two, in 32
+bits, on one warp for 512 numbers. TB/s are those of the bytes that the operation must move, to be read beside the first
+line, a copy. Takes less than a minute.
 """
 
 from __future__ import annotations
@@ -71,25 +71,28 @@ def operands(num_rows: int, rank: int) -> Iterator[Rows]:
 
 @contextmanager
 def one_piece() -> Iterator[None]:
-    """Rows held in the next power of two of their length."""
-    pieces, warps = kernels.held_pieces, kernels.num_warps
+    """Rows held in the next power of two of their length, in 32 bits a number."""
+    pieces, warps, packs = kernels.held_pieces, kernels.num_warps, kernels.packs
+    kernels.packs = lambda x: False
     kernels.held_pieces = lambda columns: (min(32768, max(128, 1 << (columns - 1).bit_length())), 0)
     kernels.num_warps = lambda held: min(16, max(1, held // 512))
     try:
         yield
     finally:
-        kernels.held_pieces, kernels.num_warps = pieces, warps
+        kernels.held_pieces, kernels.num_warps, kernels.packs = pieces, warps, packs
 
 
 @contextmanager
-def elements(count: int) -> Iterator[None]:
-    """So many numbers of a row to a thread."""
-    before = kernels.ELEMENTS
-    kernels.ELEMENTS = count
+def held(count: int, *, packs: bool = True, at_once: int = kernels.MAX_HELD) -> Iterator[None]:
+    """So many numbers of a row to a thread, in 16 bits or 32, and so many of a row at once."""
+    before = kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD
+    kernels.ELEMENTS, kernels.MAX_HELD = count, at_once
+    if not packs:
+        kernels.packs = lambda x: False
     try:
         yield
     finally:
-        kernels.ELEMENTS = before
+        kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD = before
 
 
 def check(found: QuantizedRows, numbers: Tensor, factor: Tensor | None, name: str) -> None:
@@ -127,7 +130,9 @@ def time_quantising(rows: Rows) -> None:
     per_layer = rows.name.count(";") + 1
     print(f"{rows.name}: [{rows.x.shape[0]}, {rows.columns}]")
     ways = [("one piece", one_piece())]
-    ways += [(f"{count} a thread{' (in use)' * (count == kernels.ELEMENTS)}", elements(count)) for count in ELEMENTS]
+    ways += [(f"{count} a thread{' (in use)' * (count == kernels.ELEMENTS)}", held(count)) for count in ELEMENTS]
+    ways += [(f"{count} a thread, in 32 bits", held(count, packs=False)) for count in ELEMENTS[-2:]]
+    ways += [("read twice, 4,096 at once", held(8, at_once=4096))]
     for name, way in ways:
         with way:
             memory.codes.view(torch.uint8).fill_(0x7F)
