@@ -72,7 +72,8 @@ def operands(num_rows: int, rank: int) -> Iterator[Rows]:
 @contextmanager
 def one_piece() -> Iterator[None]:
     """Rows held in the next power of two of their length, in 32 bits a number."""
-    pieces, warps, packs = kernels.held_pieces, kernels.num_warps, kernels.packs
+    pieces, warps, packs, unit = kernels.held_pieces, kernels.num_warps, kernels.packs, kernels.CODES_UNIT
+    kernels.CODES_UNIT = 16
     kernels.packs = lambda x: False
     kernels.held_pieces = lambda columns: (min(32768, max(128, 1 << (columns - 1).bit_length())), 0)
     kernels.num_warps = lambda held: min(16, max(1, held // 512))
@@ -80,19 +81,22 @@ def one_piece() -> Iterator[None]:
         yield
     finally:
         kernels.held_pieces, kernels.num_warps, kernels.packs = pieces, warps, packs
+        kernels.CODES_UNIT = unit
 
 
 @contextmanager
-def held(count: int, *, packs: bool = True, at_once: int = kernels.MAX_HELD) -> Iterator[None]:
-    """So many numbers of a row to a thread, in 16 bits or 32, and so many of a row at once."""
-    before = kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD
-    kernels.ELEMENTS, kernels.MAX_HELD = count, at_once
+def held(
+    count: int, *, packs: bool = True, at_once: int = kernels.MAX_HELD, unit: int = kernels.CODES_UNIT
+) -> Iterator[None]:
+    """So many numbers of a row to a thread, in 16 bits or 32, so many of a row at once, and codes written by `unit`."""
+    before = kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD, kernels.CODES_UNIT
+    kernels.ELEMENTS, kernels.MAX_HELD, kernels.CODES_UNIT = count, at_once, unit
     if not packs:
         kernels.packs = lambda x: False
     try:
         yield
     finally:
-        kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD = before
+        kernels.ELEMENTS, kernels.packs, kernels.MAX_HELD, kernels.CODES_UNIT = before
 
 
 def check(found: QuantizedRows, numbers: Tensor, factor: Tensor | None, name: str) -> None:
@@ -132,6 +136,7 @@ def time_quantising(rows: Rows) -> None:
     ways = [("one piece", one_piece())]
     ways += [(f"{count} a thread{' (in use)' * (count == kernels.ELEMENTS)}", held(count)) for count in ELEMENTS]
     ways += [(f"{count} a thread, in 32 bits", held(count, packs=False)) for count in ELEMENTS[-2:]]
+    ways += [(f"{count} a thread, codes by 16", held(count, unit=16)) for count in ELEMENTS[-2:]]
     ways += [("read twice, 4,096 at once", held(8, at_once=4096))]
     for name, way in ways:
         with way:

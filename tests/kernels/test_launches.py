@@ -108,6 +108,8 @@ def test_the_norm_with_codes_compiles_and_keeps_its_rows_in_registers(width, mon
     assert len(found) == 2
     assert all(".v4.b32" in kernel.asm["ptx"] for kernel in found), "whole 16-byte words are read"
     assert not any(".local" in kernel.asm["ptx"] for kernel in found)
+    # Only the sums of warps are exchanged, no row.
+    assert max(kernel.metadata.shared for kernel in found) <= 512
 
 
 @pytest.mark.parametrize(("columns", "rank"), [(2560, 16), (6144, 48), (19456, 32), (40000, 0)])

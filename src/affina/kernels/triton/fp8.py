@@ -32,6 +32,10 @@ ELEMENTS = 80
 """Numbers of a row to a thread, at most and while 16 warps are enough. Compiled for an SM of 64 Ki registers, KiB
 of rows that are under way on one with 80 and with 40: 2,560 columns 160 and 125, 9,728 152 and 114, 19,456 with factors
 114 and 76."""
+CODES_UNIT = 8
+"""Codes are written by as many numbers at once as 16 bits are read by: the compiler, which knows of rows of codes only
+that they begin at multiples of this, would else take 16 of both, and exchange what is written in 16 bits through shared
+memory."""
 TRANSPOSE_TILE = 64
 _WARP = 32
 _MIN_PIECE = 128
@@ -69,7 +73,7 @@ def _numbers_again(x, before, column_factor, column, inside, HAS_FACTOR: tl.cons
     return before
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["codes_stride"])
 def _quantize_rows_kernel(
     x,
     beside,
@@ -88,12 +92,13 @@ def _quantize_rows_kernel(
     BESIDE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     PACKS: tl.constexpr,
+    CODES_UNIT: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST_MAXIMUM: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     row = x + index * x_stride
-    row_codes = codes + index * codes_stride
+    row_codes = codes + index * (codes_stride * CODES_UNIT)
     lane = tl.arange(0, HEAD)
 
     if NUM_TILES == 1:
@@ -147,6 +152,7 @@ def quantize_rows(
     """Launches the kernel; arguments as in `affina.kernels.fp8.quantize_rows`."""
     rows, columns = x.shape
     head, tail = held_pieces(columns)
+    unit = codes_unit(codes)
     _quantize_rows_kernel[(rows,)](
         x,
         beside if beside is not None else x,
@@ -156,7 +162,7 @@ def quantize_rows(
         scale,
         x.stride(0),
         beside.stride(0) if beside is not None else 0,
-        codes.stride(0),
+        codes.stride(0) // unit,
         K=columns,
         R=beside.shape[1] if beside is not None else 0,
         NUM_TILES=triton.cdiv(columns, head) if tail == 0 else 1,
@@ -165,6 +171,7 @@ def quantize_rows(
         BESIDE=triton.next_power_of_2(beside.shape[1]) if beside is not None and beside.shape[1] > 0 else 0,
         HAS_FACTOR=column_factor is not None,
         PACKS=packs(x),
+        CODES_UNIT=unit,
         LARGEST=LARGEST,
         SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
         num_warps=num_warps(head + tail),
@@ -180,6 +187,11 @@ def held_pieces(columns: int) -> tuple[int, int]:
         return MAX_HELD, 0
     tail = max(_MIN_PIECE, triton.next_power_of_2(columns - whole // 2))
     return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
+
+
+def codes_unit(codes: Tensor) -> int:
+    """What the stride of codes is told to a kernel in."""
+    return CODES_UNIT if codes.stride(0) % CODES_UNIT == 0 else 1
 
 
 def packs(x: Tensor) -> bool:

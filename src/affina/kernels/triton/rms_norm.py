@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
-from affina.kernels.triton.fp8 import row_scale
+from affina.kernels.triton.fp8 import codes_unit, row_scale
 from affina.kernels.triton.low_rank import (
     fitting_block_rank,
     load_left_factor,
@@ -75,7 +75,7 @@ UPDATE_TILE = UpdateTile(rows=32, columns=128, warps=4)
 """On an H200, 16,384 rows of 2,560, rank 16: 62 µs, 4.07 TB/s; 16 × 128, 64 × 64 and 16 × 256 take the same."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "codes_stride"])
 def _forward_kernel(
     x_ptr,
     update_ptr,
@@ -95,6 +95,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     QUANTIZES: tl.constexpr,
+    CODES_UNIT: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST_MAXIMUM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,7 +125,7 @@ def _forward_kernel(
             numbers = y.to(tl.float32)
             scale, factor = row_scale(tl.max(tl.abs(numbers), axis=1), LARGEST, SMALLEST_MAXIMUM)
             codes = (numbers * factor[:, None]).to(tl.float8e4nv)
-            tl.store(codes_ptr + rows_long * codes_stride + columns[None, :], codes, mask=mask)
+            tl.store(codes_ptr + rows_long * (codes_stride * CODES_UNIT) + columns[None, :], codes, mask=mask)
             tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
 
 
@@ -275,6 +276,7 @@ def launch_forward(
     """Write the norm of x, or of `sum_out` = x + update, to `out`, and its reciprocal to `rstd`; perhaps its codes."""
     assert (update is None) == (sum_out is None)
     tile, num_programs = _row_tile(x, ROW_TILES["forward" if update is None else "sum"], 1 if update is None else 2)
+    unit = 1 if codes_out is None else codes_unit(codes_out.codes)
     _forward_kernel[(num_programs,)](
         x,
         x if update is None else update,
@@ -289,11 +291,12 @@ def launch_forward(
         0 if update is None else row_stride(update),
         0 if sum_out is None else row_stride(sum_out),
         row_stride(out),
-        0 if codes_out is None else row_stride(codes_out.codes),
+        0 if codes_out is None else row_stride(codes_out.codes) // unit,
         epsilon,
         WIDTH=x.shape[1],
         HAS_UPDATE=update is not None,
         QUANTIZES=codes_out is not None,
+        CODES_UNIT=unit,
         LARGEST=LARGEST,
         SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
         **tile,
