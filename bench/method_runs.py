@@ -155,7 +155,8 @@ def work(job: Job, settings: Settings) -> Record:
     with tempfile.TemporaryDirectory() as temporary:
         config = config_of(job.model, job.task or TASKS[0], VARIANTS[job.variant], settings)
         config["output"] = {"directory": temporary, "name": "run"}
-        training = {"max_steps": job.steps, "seed": job.seed, "learning_rate": job.rate}
+        # As many epochs as the steps need: the smaller task has fewer in the preset's.
+        training = {"epochs": 100, "max_steps": job.steps, "seed": job.seed, "learning_rate": job.rate}
         # A checkpoint at the end is enough: its loss is what counts, and the weights are those of the last step.
         config["training"] |= training | {"evaluate_every_steps": job.steps}
         if job.kind == "speed":
@@ -186,7 +187,7 @@ def train_and_measure(job: Job, config: dict[str, Any], settings: Settings) -> R
         "method": VARIANTS[job.variant].method,
         "quantization": config["quantization"],
         "seed": job.seed,
-        "steps": result.steps,
+        "num_steps": result.steps,
         "learning_rate": job.rate,
         "num_trainable": result.num_trainable,
         "num_parameters": result.num_parameters,

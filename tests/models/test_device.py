@@ -20,6 +20,7 @@ from affina.models.device import (
     device_memory,
     free_bytes,
     has_fast_bfloat16,
+    let_segments_grow,
     memory_stats,
     process_cap_bytes,
 )
@@ -208,3 +209,27 @@ def test_no_module_but_one_asks_the_card_what_is_free():
         path.relative_to(source).as_posix() for path in source.rglob("*.py") if "mem_get_info" in path.read_text()
     }
     assert askers == {"models/device.py"}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_chose_otherwise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    let_segments_grow(torch.device("cpu"))
+    assert asked == []
+    let_segments_grow(CARD)
+    assert asked == ["expandable_segments:True"]
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    let_segments_grow(CARD)
+    assert len(asked) == 1
+
+
+def test_where_segments_cannot_grow_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
+    monkeypatch.setattr("sys.platform", "win32")
+    let_segments_grow(CARD)
+    assert asked == []

@@ -33,7 +33,14 @@ from affina.models.adapters.attach import ADAPTER_NAME
 from affina.models.adapters.factors import start_from_quantization_error
 from affina.models.adapters.limits import check_sizes
 from affina.models.compat import enable_recomputation
-from affina.models.device import check_fp8, choose_device, choose_precision, describe_device, free_bytes
+from affina.models.device import (
+    check_fp8,
+    choose_device,
+    choose_precision,
+    describe_device,
+    free_bytes,
+    let_segments_grow,
+)
 from affina.models.families import Unsupported
 from affina.models.fast import attach_fast_engine
 from affina.models.forward import compute_dtype_of, isolation_of
@@ -182,6 +189,7 @@ def load_for_inference(config: RunConfig, adapter: Path) -> LoadedModel:
 
 def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[str]]:
     device = choose_device(config.training.device)
+    let_segments_grow(device)
     wanted: str = config.training.precision
     if wanted == "auto":
         wanted = _PRECISIONS_OF_DTYPES[config.model.dtype]

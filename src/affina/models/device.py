@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -206,6 +208,21 @@ def process_cap_bytes(device: torch.device) -> int | None:
         return None
     fraction = float(fraction_of(device))
     return int(fraction * torch.cuda.get_device_properties(device).total_memory) if fraction < 1 else None
+
+
+def let_segments_grow(device: torch.device) -> None:
+    """Ask PyTorch's allocator for segments that grow, before the model is loaded: for the whole process.
+
+    With fixed ones, of a device that is nearly full a tenth and more lies in gaps: plans count on the whole of it. A
+    user's own PYTORCH_CUDA_ALLOC_CONF stands, and platforms without such segments (all but Linux) keep the fixed ones.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or sys.platform != "linux":
+        return
+    if any(os.environ.get(name) for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
+        return
+    # torch 2.9 gave the call its new name, and warns of the older one.
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    change("expandable_segments:True")
 
 
 def _free_on_card(device: torch.device) -> int:
