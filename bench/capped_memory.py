@@ -15,7 +15,7 @@ switched off (`forced`), which must run out of memory. The verdict of a cap is `
 `refuses wrongly` or `fails`.
 
 `t4` is what the owner of a T4 gets: the plan of `affina plan --gpu t4`, and a run under the T4's own memory in which
-affina is told that the card is one (compute capability 7.5: float16, the reference engine).
+affina is told that it is one and takes what it takes there: float16, the reference engine.
 
 `--tiny`: a toy model on a CPU, where `engine.memory` stands in for the cap and nothing can be forced.
 """
@@ -109,7 +109,9 @@ def run_process(request: dict[str, Any], output: Path) -> None:
     found: dict[str, Any] = {"plan": t4_plan(config)} if job.is_t4 else {}
 
     def run(kind: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        found[kind] = train({**config, "output": {**config["output"], "name": f"{job.name}-{kind}"}}, overrides)
+        as_there = ["training.precision=fp16", "engine.path=reference"] if job.is_t4 else []
+        named = {**config, "output": {**config["output"], "name": f"{job.name}-{kind}"}}
+        found[kind] = train(named, [*as_there, *overrides])
         records.write(output, found)
         print(f"{job.name}, {kind}: {found[kind]['outcome']}", flush=True)
         return found[kind]
@@ -163,12 +165,12 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def be_a_t4() -> None:
-    """Let affina find a T4: what it chooses by name and compute capability it chooses as there."""
+    """Let affina's admission find a T4. Kernels are compiled for the card that is there, so it is the run's settings
+    that take float16 and the reference engine, which is what a T4 gets."""
     from affina.catalog.gpus import gpu_named
     from affina.models import device
 
     card, real = gpu_named("t4"), device.device_memory
-    torch.cuda.get_device_capability = lambda device=None: card.capability  # type: ignore[assignment]
     device.device_memory = lambda name="auto": replace(
         real(name), name="Tesla T4", capability=card.capability, total_bytes=card.memory_bytes
     )
@@ -311,6 +313,7 @@ def run_all(
     start:    runs a job and returns what it found        finished: is told of it
     """
     waiting, running = list(jobs), dict[Future[dict[str, Any]], Job]()
+    records.end_children_when_ended()
     with ThreadPoolExecutor(num_at_once) as pool:
         while waiting or running:
             for job in list(waiting):

@@ -2,6 +2,7 @@
 
     python bench/plan_accuracy.py [--seconds 500] [--output bench/results/plan_accuracy.json] [--random 8 --seed 1]
     python bench/plan_accuracy.py --only-random --random 12 --seed 2      # beside the fixed cases that the file has
+    python bench/plan_accuracy.py --again          # no GPU: the measured cases planned with today's code; the figure
     python bench/plan_accuracy.py --dry-run        # no GPU: predictions alone, every case; --layers 2 makes tiny models
 
 At least 24 configurations (formats × micro-batch × length × save policy × optimiser × packed or not × engine;
@@ -40,7 +41,7 @@ import torch  # noqa: E402
 from records import versions  # noqa: E402
 from systems.common import TARGETS, config_of  # noqa: E402
 
-from affina.catalog.gpus import Gpu, gpus  # noqa: E402
+from affina.catalog.gpus import Gpu, gpu_named, gpus  # noqa: E402
 from affina.catalog.shapes import read_shape  # noqa: E402
 from affina.planning.admission import Device  # noqa: E402
 from affina.planning.coefficients import shipped_coefficients  # noqa: E402
@@ -391,6 +392,35 @@ def errors(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, flo
     }
 
 
+def plan_again(path: Path) -> None:
+    """Writes beside each measurement of the file what today's code and coefficients plan for it, and draws both.
+
+    What was planned before the measurement stays: coefficients that were fitted to these measurements explain them, the
+    others predicted them.
+    """
+    from plan_report import draw
+
+    content = json.loads(path.read_text())
+    card = gpu_named(content["device"])
+    for record in content["records"]:
+        if "measured" not in record:
+            continue
+        planned, _ = predict(setup_of(record["case"], hf_config(record["case"], None), card))
+        record["today"] = {
+            "allocated_bytes": planned["allocated_bytes"],
+            "step_seconds": planned["step_seconds"],
+            "memory_error": planned["allocated_bytes"] / record["measured"]["allocated_bytes"] - 1,
+            "time_error": planned["step_seconds"] / record["measured"]["step_seconds"] - 1,
+        }
+    for kind, prefix in (("fixed", ""), ("random", "random_")):
+        found = [r["today"] for r in content["records"] if "today" in r and r["case"]["set"] == kind]
+        for name in ("memory", "time") if found else ():
+            content[f"{prefix}{name}_error_median_today"] = statistics.median(abs(r[f"{name}_error"]) for r in found)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    draw(content["records"], path.with_suffix(".svg"))
+    print(json.dumps({key: value for key, value in content.items() if "error" in key}, indent=1))
+
+
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and worst of each set of cases that ran."""
     result: dict[str, Any] = {}
@@ -448,8 +478,12 @@ def main() -> None:
     parser.add_argument("--only", help="cases whose line holds this text")
     parser.add_argument("--only-random", action="store_true", help="leave the fixed cases as they were measured before")
     parser.add_argument("--layers", type=int, help="fewer layers than the models have")
+    parser.add_argument("--again", action="store_true", help="plan the measured cases with today's code; no GPU needed")
     parser.add_argument("--dry-run", action="store_true", help="predict, measure nothing")
     arguments = parser.parse_args()
+    if arguments.again:
+        plan_again(arguments.output)
+        return
     drawn = random_cases(arguments.random, arguments.seed)
     specs = drawn if arguments.only_random else [*cases(), *drawn]
     if arguments.only:

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import methods_report  # noqa: E402
+import plan_report  # noqa: E402
 import records  # noqa: E402
 from tables import markdown  # noqa: E402
 
@@ -403,6 +404,16 @@ def sanitizer(results: Path) -> str:
     return text + "\n" + markdown(["tool", "clean", "cases", "what it said"], rows) + "\n" + provenance([file])
 
 
+def plan_accuracy(results: Path) -> str:
+    file = records.read(results / "plan_accuracy.json")
+    if file is None:
+        return missing("python bench/plan_accuracy.py")
+    found = file["records"]
+    where = [{"device": file["device"], "versions": file["versions"], "date": record["date"]} for record in found]
+    figure = "\n![planned against measured](results/plan_accuracy.svg)\n\n"
+    return plan_report.summary(file) + figure + plan_report.table(found) + "\n" + provenance(where)
+
+
 def methods(results: Path) -> str:
     """What each variant reached and cost, and the figures."""
     file = records.read(results / "methods.json")
@@ -431,6 +442,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loss-curves": loss_curves,
     "long-context": long_context,
     "capped-memory": capped_memory,
+    "plan-accuracy": plan_accuracy,
     "leak": leak,
     "sanitizer": sanitizer,
     "methods": methods,

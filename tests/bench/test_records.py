@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
@@ -49,3 +53,19 @@ def test_what_is_to_be_done_meanwhile_is_done(monkeypatch: pytest.MonkeyPatch) -
     seen: list[int] = []
     records.run([sys.executable, "-c", "import time; time.sleep(0.4)"], timeout=60, meanwhile=lambda: seen.append(1))
     assert seen
+
+
+def test_what_ends_a_benchmark_ends_what_it_runs(tmp_path: Path) -> None:
+    mark, begun = tmp_path / "mark", tmp_path / "begun"
+    child = f"import time; open({str(begun)!r}, 'w'); time.sleep(3); open({str(mark)!r}, 'w')"
+    parent = (
+        f"import sys; sys.path.insert(0, {str(BENCH)!r}); import records; "
+        f"records.run([sys.executable, '-c', {child!r}], timeout=60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    while not begun.exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    time.sleep(3.5)
+    assert not mark.exists()
