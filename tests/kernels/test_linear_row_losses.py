@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
 from affina.kernels.linear_cross_entropy import linear_token_losses, token_losses
 from affina.kernels.linear_row_losses import linear_row_losses
+from tests.kernels.expandable import Rows
 
 
 def operands(num_rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,31 +127,13 @@ def test_the_backward_pass_rounds_once_and_keeps_nothing_but_the_gradient(dtype:
     assert torch.equal(scaled, (plain.float() * factors.unsqueeze(1)).to(dtype))
 
 
-@dataclass(frozen=True)
-class Expandable:
-    """A head that is expanded a few rows at a time."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def rows_into(self, start: int, out: Tensor) -> Tensor:
-        return out.copy_(self.weight[start : start + out.shape[0]])
-
-
 @pytest.mark.parametrize("kind", ["rows", "tokens"])
 def test_a_head_that_is_expanded_tile_by_tile_gives_the_same_losses_and_gradients(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(300, 8, generator=generator)
     targets = torch.randint(0, 300, (9,), generator=generator)
     results = []
-    for head in (weight, Expandable(weight)):
+    for head in (weight, Rows(weight)):
         hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         if kind == "rows":
             losses = linear_row_losses(hidden, head, entropy, softcap=5.0, chunk_rows=4)

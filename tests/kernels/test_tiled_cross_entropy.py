@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from affina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_gradient, token_losses
 from affina.kernels.logits import TILE_MULTIPLE, head_product, tile_rows
 from affina.kernels.tiled_cross_entropy import tiled_cross_entropy, workspace_bytes
+from tests.kernels.expandable import Rows
 from tests.kernels.test_linear_cross_entropy import problem, reference
 from tests.models.fast.allocations import AllocationTracker
-
-
-@dataclass
-class Rows:
-    """A dense weight that is handed out row by row, as a quantised one is. largest: rows asked for at once."""
-
-    weight: Tensor
-    largest: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def rows_into(self, start: int, out: Tensor) -> Tensor:
-        self.largest = max(self.largest, out.shape[0])
-        return out.copy_(self.weight[start : start + out.shape[0]])
 
 
 @settings(max_examples=40, deadline=None)
