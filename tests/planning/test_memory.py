@@ -188,10 +188,10 @@ def test_the_lowest_memory_is_that_of_its_own_arithmetic() -> None:
 
 
 def test_on_a_small_card_replies_are_halved_until_they_fit_and_the_verdict_is_that_of_all_stages() -> None:
-    roomy = plan(setup("h200", format="nf4", generation=(16, 2304)))
-    small = plan(setup("rtx3060", format="nf4", generation=(16, 2304)))
+    roomy = plan(setup("h200", format="nf4", generation=(16, 4096)))
+    small = plan(setup("rtx3060", format="nf4", generation=(16, 4096)))
     assert (roomy.num_replies, roomy.wanted_replies) == (16, 16)
-    assert (small.num_replies, small.wanted_replies) == (4, 16)
+    assert (small.num_replies, small.wanted_replies) == (8, 16)
     assert small.capacity_bytes is not None
     assert small.generation_bytes <= small.capacity_bytes < roomy.generation_bytes
     assert small.peak_bytes == max(small.total_bytes, small.generation_bytes)

@@ -212,8 +212,7 @@ def run_training(
     if state.stop_reason != "interrupted":
         published = publish_adapter(run, saved_step)
         restore_adapter_weights(model, published.path)
-    if (fast := fast_engine_of(model)) is not None and fast.decoder.adapter.is_on_host:
-        detach_fast_engine(model)  # what comes next, evaluation and generation, computes with PEFT's own matrices
+    leave_for_replies(model)
     assert state.stop_reason is not None
     return TrainingOutcome(
         stop_reason=state.stop_reason,
@@ -231,6 +230,17 @@ def run_training(
         num_trainable=num_trainable,
         num_parameters=num_parameters,
     )
+
+
+def leave_for_replies(model: PeftModel) -> None:
+    """What comes after training, evaluation and generation, computes with PEFT's own matrices and needs memory."""
+    fast = fast_engine_of(model)
+    if fast is None:
+        return
+    if fast.decoder.adapter.is_on_host:
+        detach_fast_engine(model)
+    elif fast.graphs is not None:
+        fast.graphs.clear()  # captured rows hold what several replies take
 
 
 def _enable_graphs(config: RunConfig, loaded: LoadedModel, observers: Observers) -> None:
