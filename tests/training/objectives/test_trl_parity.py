@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from affina.kernels.linear_cross_entropy import linear_cross_entropy
 from affina.training.objectives.distill import divergence_losses
 from affina.training.objectives.kto import kto_losses
 from affina.training.objectives.preference import dpo_losses, ipo_losses, orpo_losses, simpo_losses
@@ -52,6 +53,26 @@ def test_dpo_and_ipo_equal_trl(name: str) -> None:
     losses = ipo_losses if name == "ipo" else dpo_losses
     found = losses(policy, reference, beta=RECORDED[name]["beta"]).losses.mean()
     assert_equal(found, leaf, RECORDED[name])
+
+
+def test_dpo_with_smoothed_labels_equals_trl() -> None:
+    case = RECORDED["dpo_smoothed"]
+    leaf = torch.tensor(RECORDED["log_probs"]).requires_grad_()
+    policy, reference = pairs_of(leaf.sum(1), COUNTS), pairs_of(REFERENCE, COUNTS)
+    found = dpo_losses(policy, reference, beta=case["beta"], label_smoothing=case["label_smoothing"])
+    assert_equal(found.losses.mean(), leaf, case)
+    assert case["loss"] != RECORDED["dpo"]["loss"]
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_the_loss_of_sft_and_cpt_equals_trl(chunk_rows: int | None) -> None:
+    """The sum over a step's tokens divided by their number, whatever their rows."""
+    case = RECORDED["sft"]
+    leaf = torch.tensor(case["hidden"]).requires_grad_()
+    labels = torch.tensor(case["labels"])[:, 1:].reshape(-1)
+    hidden = leaf[:, :-1].reshape(len(labels), -1)
+    found = linear_cross_entropy(hidden, torch.tensor(case["head"]), labels, chunk_rows=chunk_rows)
+    assert_equal(found / (labels != -100).sum(), leaf, case)
 
 
 @pytest.mark.parametrize("name", ["kto", "kto_weighted"])

@@ -1,6 +1,6 @@
 """Records what TRL's own trainers compute for fixed tensors: `trl_objectives.json`, which test_trl_parity.py reads.
 
-    pip install trl==1.15.0
+    pip install trl==1.16.0
     python -m tests.training.recorded.trl_objectives
 
 TRL's loss functions are methods of its trainers. They are called here as they are, on a stand-in that has the
@@ -30,6 +30,8 @@ def main() -> None:
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.kto_trainer import KTOTrainer
     from trl.trainer.reward_trainer import RewardTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+    from trl.trainer.utils import add_fused_lm_head
 
     generator = torch.Generator().manual_seed(0)
     pairs = fixed_rows(2 * NUM_PAIRS, generator)
@@ -49,6 +51,13 @@ def main() -> None:
     for name, loss_type, beta in (("dpo", "sigmoid", 0.1), ("ipo", "ipo", 0.1), ("dpo_steep", "sigmoid", 0.7)):
         trainer = stand_in(loss_types=[loss_type], loss_weights=[1.0], beta=beta)
         cases[name] = differentiate(pairs.log_probs, dpo_call(DPOTrainer, trainer, pairs, reference)) | {"beta": beta}
+
+    # TRL smooths labels in its losses that sort a batch; a batch of one pair is sorted already, and that is DPO's.
+    smoothed = stand_in(loss_types=["aot_unpaired"], loss_weights=[1.0], beta=0.1, label_smoothing=0.2)
+    calls = [dpo_call(DPOTrainer, smoothed, one_pair(pairs, i), one_pair(reference, i)) for i in range(NUM_PAIRS)]
+    cases["dpo_smoothed"] = differentiate(
+        pairs.log_probs, lambda x: sum(call(x[[i, NUM_PAIRS + i]]) for i, call in enumerate(calls)) / NUM_PAIRS
+    ) | {"beta": 0.1, "label_smoothing": 0.2}
 
     labels = torch.tensor([True, False, True, True, False, False, True, False])
     for name, weights in (("kto", (1.0, 1.0)), ("kto_weighted", (1.3, 0.7))):
@@ -95,6 +104,28 @@ def main() -> None:
             )
             found["gradient"] = found["gradient"][0]
             cases["distill"]["cases"].append(found | {"divergence": beta, "temperature": temperature})
+
+    head = FixedHead(torch.randn(VOCABULARY, 5, generator=generator))
+    add_fused_lm_head(head, outputs=("log_probs", "entropy", "is_top1"))
+    hidden = torch.randn(2, 8, 5, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (2, 8), generator=generator)
+    targets[0, :3] = targets[1, :5] = -100
+    sft = stand_in(
+        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=False),
+        compute_loss_func=None,
+        label_smoother=None,
+    )
+
+    def sft_loss(x: Tensor) -> Tensor:
+        head.hidden = x
+        inputs = {"input_ids": targets, "labels": targets, "attention_mask": torch.ones_like(targets)}
+        return SFTTrainer.compute_loss(sft, head, inputs)
+
+    cases["sft"] = differentiate(hidden, sft_loss) | {
+        "hidden": hidden.tolist(),
+        "head": head.lm_head.weight.tolist(),
+        "labels": targets.tolist(),
+    }
     FILE.write_text(json.dumps({"trl": trl.__version__, "torch": torch.__version__, **cases}) + "\n")
 
 
@@ -110,8 +141,35 @@ def fixed_rows(num_rows: int, generator: torch.Generator, *, like: Any = None) -
     return SimpleNamespace(log_probs=log_probs * mask, mask=mask, counts=mask.sum(1))
 
 
+def one_pair(rows: Any, index: int) -> Any:
+    """The chosen and the rejected row of one pair."""
+    both = [index, NUM_PAIRS + index]
+    return SimpleNamespace(**{name: value[both] for name, value in vars(rows).items()})
+
+
+class FixedHead(torch.nn.Module):
+    """A language model whose body returns `hidden`, with the parts that TRL's head looks for."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+        self.hidden = torch.empty(0)
+
+    def base_model(self, **_: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=self.hidden)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def forward(self) -> None:
+        raise AssertionError("TRL's head replaces it")
+
+
 class Accelerator:
     device = torch.device("cpu")
+    parallelism_config = None
 
     @staticmethod
     def gather_for_metrics(value: Tensor) -> Tensor:
@@ -176,7 +234,7 @@ def differentiate(values: Tensor, loss: Any) -> dict[str, Any]:
     leaf = values.clone().requires_grad_()
     result = loss(leaf)
     (gradient,) = torch.autograd.grad(result, leaf)
-    return {"loss": float(result), "gradient": gradient.squeeze(-1).tolist()}
+    return {"loss": float(result.detach()), "gradient": gradient.squeeze(-1).tolist()}
 
 
 if __name__ == "__main__":
