@@ -43,7 +43,7 @@ def check(engine: str, quantization: str, dropout: float, root: Path) -> dict[st
             "evaluation.enabled": "false",
             "engine.path": engine,
             "adapter.dropout": dropout,
-            "quantization.method": quantization,
+            "quantization.format": quantization,
             "output.directory": root,
             "output.name": f"{name}-{engine}-{quantization}",
         }

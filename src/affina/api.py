@@ -200,7 +200,7 @@ def train(
             "model": settings.model.path,
             "method": settings.adapter.method,
             "objective": settings.training.objective,
-            "quantization": settings.quantization.method,
+            "quantization": settings.quantization.format,
             **process_identity(),
         }
     )
@@ -467,7 +467,7 @@ def quantize(
     }
     settings: dict[str, Any] = {
         "model": {"path": model, "revision": revision, "trust_remote_code": trust_remote_code},
-        "quantization": {"method": format, **{key: value for key, value in given.items() if value is not None}},
+        "quantization": {"format": format, **{key: value for key, value in given.items() if value is not None}},
         "training": {"device": device},
     }
     resolved = load_mapping(settings)

@@ -403,7 +403,7 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
         tmp_path,
         training__max_steps=5,
         training__gradient_checkpointing=False,
-        quantization__method="none",
+        quantization__format="none",
     )
     monkeypatch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=0))
     with pytest.raises(TrainingError, match="out-of-memory") as caught:
@@ -417,7 +417,7 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
 def test_memory_that_runs_out_names_no_setting_that_the_method_refuses(
     tiny_model_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(tiny_model_folder, chats_file, tmp_path, quantization__method="none")
+    config = make_config(tiny_model_folder, chats_file, tmp_path, quantization__format="none")
     config["adapter"] = "full"
     monkeypatch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=0))
     with pytest.raises(TrainingError, match="out-of-memory") as caught:

@@ -102,7 +102,7 @@ def objective_config(objective: str, model: Path, root: Path, **changes: Any) ->
 def test_an_objective_trains_saves_loads_and_resumes_to_the_same_bits(
     objective: str, weight_format: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    config = objective_config(objective, tiny_model_folder, tmp_path, quantization__method=weight_format)
+    config = objective_config(objective, tiny_model_folder, tmp_path, quantization__format=weight_format)
     result = affina.train(config)
     run = RunDirectory(result.run)
     steps = [record for record in run.metrics() if "loss" in record]
@@ -194,7 +194,7 @@ def test_runs_are_listed_with_their_objective_and_losses_of_two_objectives_do_no
 @pytest.fixture(scope="module")
 def reward_run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("reward")
-    config = objective_config("reward", tiny_model_folder, root, quantization__method="none")
+    config = objective_config("reward", tiny_model_folder, root, quantization__format="none")
     return affina.train(config).run, config
 
 
@@ -277,7 +277,7 @@ def test_a_teachers_tokens_are_written_and_learnt(tiny_model_folder: Path, tmp_p
     record = json.loads(taught.read_text().splitlines()[0])
     assert {len(row) for row in record["teacher"]["token_ids"]} == {8}
 
-    config = objective_config("distill", tiny_model_folder, tmp_path, quantization__method="none")
+    config = objective_config("distill", tiny_model_folder, tmp_path, quantization__format="none")
     config["data"]["train"] = [{"path": str(taught)}]
     config["training"]["distillation"] = {}
     result = affina.train(config)

@@ -54,7 +54,7 @@ def test_training_on_a_real_set_learns_and_does_not_depend_on_packing(
         result = affina.train(
             {
                 "model": {"path": str(qwen3_like_folder)},
-                "quantization": {"method": "nf4"},
+                "quantization": {"format": "nf4"},
                 "adapter": {"rank": 8},
                 "data": {
                     "train": [source],

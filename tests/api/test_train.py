@@ -25,7 +25,7 @@ from affina.runs.directory import RunDirectory
 def make_config(model: Path, data: Path, root: Path, **changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model": {"path": str(model)},
-        "quantization": {"method": "nf4"},
+        "quantization": {"format": "nf4"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "data": {
             "train": [{"path": str(data)}],

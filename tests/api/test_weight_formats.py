@@ -32,7 +32,7 @@ def test_the_laptop_preset_trains_and_merges_on_an_fp8_base(
     manifest = run.read_manifest()
     assert (manifest["status"], manifest["quantization"]) == ("finished", "fp8")
     identity = json.loads((run.adapter / "affina.json").read_text())["base"]
-    assert identity["quantization"]["method"] == "fp8"
+    assert identity["quantization"]["format"] == "fp8"
 
     assert command_line(["merge", "runs/eight", "-o", "merged"]) == 0
     assert "the adapter was trained against the FP8 base" in " ".join(capsys.readouterr().out.split())
@@ -54,3 +54,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     (third,) = [saved for saved in list_checkpoints(part.run / "checkpoints") if saved.step == 3]
     affina.train(resume=third.path)
     assert_same_result(part.run, whole.run)
+
+
+def test_a_run_that_stored_the_format_under_its_name_of_before_goes_on_and_loads(
+    tiny_model_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    results = []
+    for name in ("whole", "part"):
+        config = make_config(tiny_model_folder, chats_file, tmp_path, training__max_steps=5, output__name=name)
+        results.append(affina.train(config | {"quantization": "int8", "adapter": {"rank": 4, "alpha": 8}}))
+    whole, part = (RunDirectory(result.run) for result in results)
+    for file, now, before in (
+        (part.config_file, "  format: int8", "  method: int8"),
+        (part.origins_file, '"quantization.format"', '"quantization.method"'),
+        (part.adapter / "affina.json", '"format": "int8"', '"method": "int8"'),
+    ):
+        text = file.read_text(encoding="utf-8")
+        assert now in text, file
+        file.write_text(text.replace(now, before), encoding="utf-8")
+    (third,) = [saved for saved in list_checkpoints(part.checkpoints) if saved.step == 3]
+    affina.train(config | {"quantization": {"method": "int8"}, "adapter": {"rank": 4, "alpha": 8}}, resume=third.path)
+    assert_same_result(part.path, whole.path)
+    assert "  method: int8" in part.config_file.read_text(encoding="utf-8")
+    assert affina.merge(part.path, tmp_path / "merged").output == tmp_path / "merged"

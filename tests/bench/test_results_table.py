@@ -171,7 +171,7 @@ def test_caps_show_their_verdict_and_what_the_proposed_settings_took(tmp_path: P
     plan = {"engine": "fast", "keeps": "36 × input", "allocated_gib": 3.9, "reserved_gib": 4.0}
     ran = {"outcome": "trained", "plan": plan, "allocated_gib": 3.85, "reserved_gib": 3.95, "retries": 1}
     ran |= {"tokens_per_second": 4321.0}
-    refused = {"outcome": "refused", "plan": None, "proposed": ["quantization.method=nf4"], "error": {"what": "no"}}
+    refused = {"outcome": "refused", "plan": None, "proposed": ["quantization.format=nf4"], "error": {"what": "no"}}
     failed = {"outcome": "failed", "plan": None, "error": {"what": "it broke"}}
     found = [
         {"format": "nf4", "cap_gib": 4.0, "verdict": "trains", "first": ran},
@@ -184,7 +184,7 @@ def test_caps_show_their_verdict_and_what_the_proposed_settings_took(tmp_path: P
     table = capped_memory(tmp_path)
     measured = "fast | 3.90 | 3.85 | 4.00 | 3.95 | 4,321 | 1 | 36 × input |"
     assert f"| nf4 | 4 | trains |  | {measured}" in table
-    assert f"| 16 bits | 8 | refuses correctly | `quantization.method=nf4` | {measured}" in table
+    assert f"| 16 bits | 8 | refuses correctly | `quantization.format=nf4` | {measured}" in table
     assert "| 16 bits | 12 | **fails** | it broke |" in table
     assert "| 16 bits | 16 | **not run** | no time was left |" in table
     assert f"| fits | 9.10 | trained | 14.06 | {measured}" in table

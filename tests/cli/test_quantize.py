@@ -41,7 +41,7 @@ def test_json_is_the_only_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize("affina/nano", "-o", "small", "--format", "int8", "--no-double", "--no-report", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["format"], result["num_layers"], result["errors"]) == ("int8", 42, None)
-    assert result["notes"] == ["quantization.double_quantization has no effect: quantization.method is int8"]
+    assert result["notes"] == ["quantization.double_quantization has no effect: quantization.format is int8"]
     assert not Path("small/quantization_report.json").exists()
 
 

@@ -94,6 +94,16 @@ def test_two_runs_can_be_named_by_path_and_compared_as_json(two_runs: Path, caps
     assert values["same_data"] is True
 
 
+def test_a_setting_that_was_renamed_between_two_runs_is_no_difference(
+    two_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, setting in (("first", "method"), ("second", "format")):
+        file = two_runs / name / "config.yaml"
+        file.write_text(f"{file.read_text()}quantization: {{{setting}: nf4}}\n")
+    assert affina(["runs", str(two_runs / "first"), str(two_runs / "second"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == {"training.epochs": [1.0, 3.0]}
+
+
 def test_runs_on_different_data_are_told_apart(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(two_runs, "third", data_fingerprint="other", config="training: {epochs: 1.0, seed: 0}\n")
     assert affina(["runs", "first", "third", "-d", str(two_runs)]) == 0

@@ -36,13 +36,13 @@ def test_without_a_file_the_preset_is_laptop(folder: Path) -> None:
     resolved = load_config()
     assert resolved.config.model.path == "affina/nano"
     assert resolved.config.data.train[0].path == "affina/support"
-    assert resolved.config.quantization.method == "nf4"
-    assert resolved.origins["quantization.method"].preset == "laptop"
+    assert resolved.config.quantization.format == "nf4"
+    assert resolved.origins["quantization.format"].preset == "laptop"
 
 
 def test_a_file_without_extends_stands_on_the_defaults_alone(folder: Path) -> None:
     resolved = resolve(folder, "training: {epochs: 2}\n")
-    assert resolved.config.quantization.method == "none"
+    assert resolved.config.quantization.format == "none"
     assert all(origin.kind != "preset" for origin in resolved.origins.values())
 
 
@@ -62,7 +62,7 @@ def test_every_section_has_its_shorthand(folder: Path) -> None:
         """,
     ).config
     assert config.model.path == "Qwen/Qwen3-4B"
-    assert config.quantization.method == "nf4"
+    assert config.quantization.format == "nf4"
     assert config.adapter.method == "rslora"
     assert [source.path for source in config.data.train] == [str(folder / "my.jsonl")]
     assert config.output.directory == "elsewhere"
@@ -90,7 +90,7 @@ def test_paths_and_sources_mix_in_one_list(folder: Path) -> None:
 
 
 def test_one_name_stands_for_a_list_of_one(folder: Path) -> None:
-    config = resolve(folder, "adapter: {targets: q_proj}\nquantization: {method: nf4, skip_modules: head}\n").config
+    config = resolve(folder, "adapter: {targets: q_proj}\nquantization: {format: nf4, skip_modules: head}\n").config
     assert config.adapter.targets == ("q_proj",)
     assert config.quantization.skip_modules == ("head",)
 
@@ -133,7 +133,7 @@ def test_presets_hold_what_they_promise() -> None:
     def facts(name: str) -> tuple[object, ...]:
         c = load_config(preset=name).config
         return (
-            c.quantization.method, c.training.precision, c.model.dtype, c.adapter.rank, c.adapter.alpha,
+            c.quantization.format, c.training.precision, c.model.dtype, c.adapter.rank, c.adapter.alpha,
             c.adapter.targets, c.data.max_length, c.training.micro_batch_size,
             c.training.gradient_accumulation_steps, c.training.learning_rate, c.training.schedule,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def test_files_extend_each_other_in_a_chain_and_the_nearest_wins(folder: Path) -
     adapter = resolved.config.adapter
     assert (adapter.rank, adapter.alpha, resolved.config.training.epochs) == (4, 8, 3)
     assert resolved.origins["adapter.rank"].where == Location(Path("shared/base.yaml"), 2)
-    assert resolved.config.quantization.method == "nf4"
+    assert resolved.config.quantization.format == "nf4"
 
 
 def test_a_preset_of_the_command_line_goes_below_the_file(folder: Path) -> None:

@@ -254,7 +254,7 @@ def test_texts_that_look_like_something_else_stay_texts(folder: Path, text: str)
 def test_the_yaml_says_where_values_come_from() -> None:
     text = load_config(preset="premium", overrides=["adapter.rank=8"]).to_yaml()
     assert "\n  rank: 8  # you, --set\n" in text
-    assert "\n  method: none  # preset premium\n" in text
+    assert "\n  format: none  # preset premium\n" in text
     assert "\n  dtype: bfloat16  # derived: training.precision is bf16\n" in text
     assert "\n  mask: assistant\n" in text
     assert "#" not in load_config(preset="premium").to_yaml(comments=False)

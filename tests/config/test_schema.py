@@ -72,7 +72,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"training": None},
     {"adapter": {"targets": "q_proj"}},
     {"adapter": {"targets": ["q_proj"]}},
-    {"quantization": {"method": "nf4", "skip_modules": "lm_head"}},
+    {"quantization": {"format": "nf4", "skip_modules": "lm_head"}},
     {"training": {"gradient_checkpointing": True, "max_steps": None, "warmup_steps": None, "epochs": 3}},
 ]
 REFUSED: list[dict[str, Any]] = [

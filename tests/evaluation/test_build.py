@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return api.check(
         {
             "extends": "laptop",
-            "quantization": {"method": "none"},
+            "quantization": {"format": "none"},
             "data": {"cache_directory": str(tmp_path_factory.mktemp("cache"))},
             "evaluation": {"max_records": 8, "max_generations": 4, "max_new_tokens": 8, "bootstrap_resamples": 200},
         }

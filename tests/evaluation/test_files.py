@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> RunDirectory:
         )
     )
     run.config_file.write_text(
-        "model: {path: affina/nano}\nquantization: {method: nf4}\n"
+        "model: {path: affina/nano}\nquantization: {format: nf4}\n"
         "adapter: {method: lora, rank: 16, alpha: 32.0, targets: all-linear}\ntraining: {epochs: 3.0}\n"
     )
     run.origins_file.write_text(json.dumps({"training.epochs": {"kind": "user", "file": "run.yaml", "line": 9}}))
@@ -150,6 +150,17 @@ def test_what_to_type_next_depends_on_whether_there_is_an_adapter(run: RunDirect
     assert [command.text for command in next_commands(run)] == [f"affina train --resume {run.path}"]
 
 
+def test_a_run_of_before_the_setting_was_renamed_gives_the_same_page(run: RunDirectory) -> None:
+    origins = {"quantization.format": {"kind": "preset", "preset": "starter"}}
+    run.origins_file.write_text(json.dumps(origins))
+    today = read_report_data(run)
+    run.config_file.write_text(run.config_file.read_text().replace("{format: nf4}", "{method: nf4}"))
+    run.origins_file.write_text(json.dumps({"quantization.method": origins["quantization.format"]}))
+    assert read_report_data(run) == today
+    (row,) = [row for row in today.config if row.path == "quantization.format"]
+    assert (row.value, row.origin) == ("nf4", "preset starter")
+
+
 def test_a_method_is_named_with_its_rank() -> None:
-    settings = {"adapter": {"method": "rslora", "rank": 64}, "quantization": {"method": "none"}}
+    settings = {"adapter": {"method": "rslora", "rank": 64}, "quantization": {"format": "none"}}
     assert method_name(settings) == "rsLoRA r64"

@@ -63,7 +63,7 @@ def test_companions_and_provenance_come_along(base, tmp_path):
         files_in(tmp_path / "q")
     )
     said = json.loads((tmp_path / "q" / "affina.json").read_text())
-    assert said["quantization"] == {"method": "int8", "skip_modules": ["lm_head", "up_proj"]}
+    assert said["quantization"] == {"format": "int8", "skip_modules": ["lm_head", "up_proj"]}
     assert said["base"]["path"] == str(base)
 
 

@@ -53,7 +53,7 @@ def test_a_limit_of_the_users_own_refuses_too_and_is_named() -> None:
     which = config(engine={"memory": 6.0})
     with pytest.raises(TrainingError, match=r"engine\.memory allows 6\.00") as error:
         admit(which, estimated_workload(which), device(78))
-    assert "quantization.method: nf4" in str(error.value)
+    assert "quantization.format: nf4" in str(error.value)
 
 
 def test_a_capped_process_is_told_of_its_cap_and_not_of_a_card_that_has_more_free() -> None:
@@ -72,7 +72,7 @@ def test_a_capped_process_is_told_of_its_cap_and_not_of_a_card_that_has_more_fre
 def test_the_parts_that_a_refusal_names_are_parts_of_what_it_says_is_needed() -> None:
     # 0.5 GiB of CUDA context would be the third largest, and no tensor.
     which = config(
-        quantization={"method": "nf4"},
+        quantization={"format": "nf4"},
         adapter={"rank": 8},
         data={"train": "affina/support", "max_length": 256},
         training={"micro_batch_size": 1, "gradient_accumulation_steps": 8},
@@ -91,7 +91,7 @@ def test_a_small_model_is_refused_with_figures_that_can_be_read() -> None:
 
 
 def test_the_least_memory_is_proposed_before_rows_are_shortened_and_not_instead_of_a_limit() -> None:
-    small = {"quantization": {"method": "nf4"}, "adapter": {"rank": 16}, "evaluation": {"enabled": False}}
+    small = {"quantization": {"format": "nf4"}, "adapter": {"rank": 16}, "evaluation": {"enabled": False}}
     small["data"] = {"train": "affina/support", "max_length": 2048}
     which = config(**small)
     with pytest.raises(TrainingError, match="memory-too-small") as error:
@@ -138,7 +138,7 @@ def test_a_stored_checkpoint_teaches_under_the_format_that_it_is_stored_in(tmp_p
     raw = {**find_config("Qwen/Qwen3-4B")[0], "quantization_config": stored}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     which = config(model={"path": str(tmp_path)})
-    assert which.quantization.method == "none"
+    assert which.quantization.format == "none"
     plan = admit(which, estimated_workload(which), device(78))
     assert plan is not None and plan.step is not None  # noqa: PT018
     seconds = 2 * plan.step.step_seconds * 40

@@ -38,7 +38,7 @@ def test_the_smallest_change_keeps_the_effective_batch() -> None:
     which = config(training={"micro_batch_size": 4, "gradient_accumulation_steps": 2})
     found = changes_for(which, "rtx3060")
     assert found["training.micro_batch_size"] * found["training.gradient_accumulation_steps"] == 8
-    assert "quantization.method" not in found
+    assert "quantization.format" not in found
     changed = apply(
         which, smallest_changes(which, qwen3_4b(), gpus()["rtx3060"], estimated_workload(which), may_quantize=False)
     )
@@ -50,7 +50,7 @@ def test_another_weight_format_is_proposed_only_when_allowed() -> None:
     which = config(training={"micro_batch_size": 1, "gradient_accumulation_steps": 8})
     # 16-bit weights alone take 7.5 GiB.
     assert changes_for(which, 8.0) == {}
-    assert changes_for(which, 8.0, may_quantize=True) == {"quantization.method": "nf4"}
+    assert changes_for(which, 8.0, may_quantize=True) == {"quantization.format": "nf4"}
     assert set(changes_for(which, 10.0)) == {"training.optimizer", "data.max_length", "adapter.rank"}
     # Where less is enough, leave is not made use of.
     assert changes_for(which, 12.0, may_quantize=True) == {"training.optimizer": "adamw_8bit"}
@@ -105,7 +105,7 @@ def test_the_best_fit_fits_and_says_why_of_every_choice(gib: float) -> None:
         {"training.micro_batch_size", "training.gradient_accumulation_steps"} if gib == 12 else set()
     )
     others = [reason for reason in fit.reasons if not any(reason.startswith(f"{c.path}:") for c in fit.changes)]
-    stays = [f"layers keep {fit.memory.keeps}: the most", "quantization.method stays nf4: it fits"]
+    stays = [f"layers keep {fit.memory.keeps}: the most", "quantization.format stays nf4: it fits"]
     if gib == 6:
         stays.insert(0, "training.micro_batch_size stays 2: no other cut")
     assert len(others) == len(stays)
@@ -140,7 +140,7 @@ def test_a_memory_in_which_only_another_format_runs_names_it() -> None:
     which = config(adapter={"rank": 16, "alpha": 32})
     with pytest.raises(ConfigError) as error:
         ask(which, fit_gib=7.0)
-    assert "quantization.method=nf4" in str(error.value)
+    assert "quantization.format=nf4" in str(error.value)
     assert "--may-quantize" in str(error.value)
 
 
@@ -344,7 +344,7 @@ def test_weights_are_quantised_on_a_card_that_does_not_hold_them_otherwise(
     raw = {**find_config("Qwen/Qwen3-4B")[0], "num_hidden_layers": num_layers}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     found = affina.recommend(model=str(tmp_path), data="affina/support", gpu="rtx3060", output=tmp_path / "a.yaml")
-    chosen = next(choice for choice in found.choices if choice.path == "quantization.method")
+    chosen = next(choice for choice in found.choices if choice.path == "quantization.format")
     assert (chosen.value, chosen.why) == (format, why)
     assert found.plan.cards[0].fits
 

@@ -49,7 +49,7 @@ def test_nothing_of_the_traced_model_exists() -> None:
 def test_quantised_bases_are_refused_with_the_way_to_plan_them() -> None:
     with pytest.raises(ModelError, match=r"error\[trace-quantised\]") as error:
         trace_config(Qwen3Config(**SMALL), TraceSettings((32,), weight_format=Nf4Options()))
-    assert "quantization.method=none" in str(error.value)
+    assert "quantization.format=none" in str(error.value)
 
 
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from affina.config.schema import RunConfig, Section
 
 SCALAR_FIELDS: dict[str, str] = {
     "model": "path",
-    "quantization": "method",
+    "quantization": "format",
     "adapter": "method",
     "data": "train",
     "tracking": "trackers",

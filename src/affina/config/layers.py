@@ -9,9 +9,11 @@ import difflib
 import os.path
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+from affina.catalog.renamed_settings import current_name
 from affina.config.fields import SCALAR_FIELDS, all_fields, takes_text
 from affina.config.origins import Origin
 from affina.config.schema import RunConfig
@@ -248,7 +250,9 @@ def _parse_override(text: str, where: Location) -> tuple[list[str | int], Node]:
             where=where,
         )
     path: list[str | int] = []
-    for step in name.split("."):
+    now = current_name(name)
+    former_path = name if now != name else None
+    for step in now.split("."):
         match = _STEP.fullmatch(step)
         if match is None:
             raise ConfigError(
@@ -259,7 +263,7 @@ def _parse_override(text: str, where: Location) -> tuple[list[str | int], Node]:
             )
         path.append(match[1])
         path.extend(int(index) for index in re.findall(r"\d+", match[2]))
-    return path, _override_value(_schema_path(path), raw, origin, where)
+    return path, replace(_override_value(_schema_path(path), raw, origin, where), former_path=former_path)
 
 
 def _schema_path(path: Sequence[str | int]) -> str:

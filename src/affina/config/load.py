@@ -7,6 +7,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from affina.catalog.renamed_settings import current_name
 from affina.config.derive import derive, explain, with_value
 from affina.config.layers import (
     DEFAULT_PRESET,
@@ -18,7 +19,7 @@ from affina.config.layers import (
     read_file,
     without_foreign_validation,
 )
-from affina.config.notes import collect_notes
+from affina.config.notes import collect_notes, renamed_notes
 from affina.config.origins import Origin
 from affina.config.paths import resolve_paths
 from affina.config.resolved import ResolvedConfig, leaves
@@ -88,7 +89,7 @@ def load_stored_config(
     config = RunConfig.model_validate(checked.values)
     if origins is None:
         return ResolvedConfig(config, _complete_origins(config, checked.origins))
-    stored = {name: Origin.from_dict(fields) for name, fields in origins.items()}
+    stored = {current_name(name): Origin.from_dict(fields) for name, fields in origins.items()}
     put_on_top = {name: origin for name, origin in checked.origins.items() if origin.kind == "override"}
     return ResolvedConfig(config, {**stored, **put_on_top})
 
@@ -112,7 +113,9 @@ def _resolve(
     if with_rules:
         errors.extend(check_rules(settings, checked.invalid))
     _raise_all(errors)
-    return ResolvedConfig(config, _complete_origins(config, origins), collect_notes(settings))
+    return ResolvedConfig(
+        config, _complete_origins(config, origins), (*renamed_notes(checked.renamed), *collect_notes(settings))
+    )
 
 
 def _bottom(preset: str, layers: list[Node]) -> Node:

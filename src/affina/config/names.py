@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from affina.catalog.renamed_settings import RENAMED_SETTINGS
 from affina.config.fields import all_fields
 from affina.config.schema import RunConfig
 
@@ -20,6 +21,9 @@ FOREIGN_KEYS: dict[str, str] = {
     "torch_dtype": "model.dtype",
     "bnb_4bit_compute_dtype": "model.dtype",
     # quantisation
+    "quantization_method": "quantization.format",
+    "quant_method": "quantization.format",
+    "quant_type": "quantization.format",
     "bnb_4bit_use_double_quant": "quantization.double_quantization",
     "double_quant": "quantization.double_quantization",
     "double_quantization": "quantization.double_quantization",
@@ -206,7 +210,7 @@ FOREIGN_ANSWERS: dict[str, str] = {
 """Keys of other tools that are not one setting here, and what to do about them."""
 
 FOREIGN_VALUES: dict[str, dict[str, str]] = {
-    "quantization.method": {
+    "quantization.format": {
         **dict.fromkeys(("4bit", "4-bit", "int4", "bnb", "bnb-4bit", "bitsandbytes", "qlora", "true"), "nf4"),
         **dict.fromkeys(("bnb-fp4", "bnb_fp4", "float4"), "fp4"),
         **dict.fromkeys(("8bit", "8-bit", "bnb-8bit", "llm_int8", "w8a16"), "int8"),
@@ -292,6 +296,8 @@ def suggest_key(key: str, section_path: str, siblings: Iterable[str]) -> str:
     """
     siblings = list(siblings)
     simple = _simple(key)
+    if (now := RENAMED_SETTINGS.get(f"{section_path}.{key}")) is not None:
+        return f"it is the former name of {now}, which is written too: keep one"
     if simple in FOREIGN_ANSWERS:
         return FOREIGN_ANSWERS[simple]
     if simple in siblings:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.catalog.methods import FIELDS, method_named
+from affina.catalog.renamed_settings import current_name
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.objectives import OBJECTIVES
-from affina.config.origins import Note
+from affina.config.origins import Note, Origin
 from affina.config.paths import BUILT_IN_PREFIX
-from affina.config.rules import FOUR_BIT_METHODS, Settings
+from affina.config.rules import Settings
 
 HIGH_LEARNING_RATE = 1e-3
 """Twice the highest of the sweeps that LoRA studies used on models of billions of parameters (1e-5 to 5e-4)."""
@@ -33,6 +35,19 @@ def collect_notes(settings: Settings) -> tuple[Note, ...]:
     return tuple(note for collect in collectors for note in collect(settings))
 
 
+def renamed_notes(renamed: Mapping[str, Origin]) -> tuple[Note, ...]:
+    """What the user has written under a name of before."""
+    return tuple(
+        Note(
+            current_name(before),
+            f"{before} is called {current_name(before)} now",
+            "the name of before is still read, and means the same",
+            origin.where,
+        )
+        for before, origin in renamed.items()
+    )
+
+
 def _note(settings: Settings, path: str, what: str, why: str) -> Note:
     return Note(path, what, why, settings.where(path))
 
@@ -44,12 +59,12 @@ def _no_effect(settings: Settings, path: str, why: str) -> Iterator[Note]:
 
 
 def _quantization(settings: Settings) -> Iterator[Note]:
-    method = settings.config.quantization.method
-    if method in FOUR_BIT_METHODS:
+    format = settings.config.quantization.format
+    if format in FOUR_BIT_FORMATS:
         return
-    names = ("double_quantization", "scale_search") + (("skip_modules",) if method == "none" else ())
+    names = ("double_quantization", "scale_search") + (("skip_modules",) if format == "none" else ())
     for name in names:
-        yield from _no_effect(settings, f"quantization.{name}", f"quantization.method is {method}")
+        yield from _no_effect(settings, f"quantization.{name}", f"quantization.format is {format}")
 
 
 def _adapter(settings: Settings) -> Iterator[Note]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from affina.catalog.context import local_context_tokens
+from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.catalog.methods import FIELDS, METHODS, AdapterMethod, method_named, methods_that_train_on
 from affina.config.derive import adapter_scale, has_validation
 from affina.config.objectives import OBJECTIVES
@@ -23,9 +24,6 @@ from affina.errors import ConfigError, Location
 
 MAX_RANK = 1024
 """Wider than any published use: code and mathematics at scale used 256 (Biderman et al., arXiv 2405.09673)."""
-
-FOUR_BIT_METHODS = ("nf4", "fp4")
-"""Values of quantization.method with block scales."""
 
 MAX_SCALE = 64.0
 """Of the update. The usual ones are 0.5 to 4; beyond this the first steps diverge at any learning rate in use."""
@@ -133,18 +131,18 @@ def _streaming_deduplicate(settings: Settings) -> ConfigError | None:
     )
 
 
-@reads("quantization.scale_search", "quantization.method")
+@reads("quantization.scale_search", "quantization.format")
 def _scale_search_without_4bit(settings: Settings) -> ConfigError | None:
     quantization = settings.config.quantization
-    if not quantization.scale_search or quantization.method in FOUR_BIT_METHODS:
+    if not quantization.scale_search or quantization.format in FOUR_BIT_FORMATS:
         return None
     if not settings.wrote("quantization.scale_search"):
         return None  # a preset's choice that the user's `quantization: none` overrules; notes.py says so
     return ConfigError(
         "scale-search-without-4bit",
-        f"quantization.scale_search is true and quantization.method is {quantization.method}",
+        f"quantization.scale_search is true and quantization.format is {quantization.format}",
         why="only nf4 and fp4 have block scales that can be searched",
-        fix="write `method: nf4`, or remove scale_search",
+        fix="write `format: nf4`, or remove scale_search",
         where=settings.where("quantization.scale_search"),
     )
 
@@ -248,19 +246,19 @@ def _unused_adapter_setting(settings: Settings) -> ConfigError | None:
     )
 
 
-@reads("adapter.method", "quantization.method")
+@reads("adapter.method", "quantization.format")
 def _method_on_weight_format(settings: Settings) -> ConfigError | None:
     method = method_named(settings.config.adapter.method)
-    quantization = settings.config.quantization.method
+    quantization = settings.config.quantization.format
     weight_format = "dense" if quantization == "none" else quantization
     if weight_format in method.trains_on:
         return None
     return ConfigError(
         "adapter-unsupported",
-        f"adapter.method is {method.name} and quantization.method is {quantization}",
+        f"adapter.method is {method.name} and quantization.format is {quantization}",
         why=why_not_on(method, weight_format),
         fix=what_trains_instead(method, weight_format),
-        where=settings.where("adapter.method", "quantization.method"),
+        where=settings.where("adapter.method", "quantization.format"),
     )
 
 

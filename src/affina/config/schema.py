@@ -50,7 +50,7 @@ class ModelConfig(Section):
 class QuantizationConfig(Section):
     """The format of the frozen weights. `quantization: nf4` with `adapter: lora` is QLoRA."""
 
-    method: Literal["none", "nf4", "fp4", "int8", "fp8"] = Field(
+    format: Literal["none", "nf4", "fp4", "int8", "fp8"] = Field(
         default="none",
         description="Weight format of the frozen linear layers; bytes per weight, and error as a share of the weights' "
         "spread: none 2 bytes (bf16, fp16; 4 in fp32) and no error, int8 1 and 0.8%, fp8 (e4m3) 1 and 2.6%, nf4 0.52 "

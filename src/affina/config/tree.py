@@ -34,12 +34,13 @@ class Node:
     """A scalar, a list of nodes or a mapping to nodes, with its origin.
 
     The place of a mapping's entry is the line of its key. `written` is a scalar's text in the file (`001` is the
-    number 1 to YAML), for messages.
+    number 1 to YAML), for messages. `former_path` is set when the file has the name that the setting had before.
     """
 
     value: Scalar | list[Node] | dict[str, Node]
     origin: Origin
     written: str | None = None
+    former_path: str | None = None
 
     def plain(self) -> Any:
         """The value without origins, as Python scalars, lists and dictionaries."""

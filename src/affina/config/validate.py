@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite
 from typing import Annotated, Any, get_args
@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from affina.catalog.renamed_settings import RENAMED_SETTINGS
 from affina.config.fields import (
     SCALAR_FIELDS,
     SOURCE_LISTS,
@@ -34,7 +35,8 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def expand_shorthands(root: Node) -> Node:
-    """The same tree with `model: name`, `data: file.jsonl`, `engine: fast` … written out as sections.
+    """The same tree with `model: name`, `data: file.jsonl`, `engine: fast` … written out as sections, and with today's
+    names of settings that had another.
 
     A section without content (`training:`) is an empty section. Anything else is left for `validate` to judge.
     """
@@ -55,7 +57,25 @@ def expand_shorthands(root: Node) -> Node:
         if parent is not None and isinstance(parent.value, dict) and name in parent.value:
             expanded = {**parent.value, name: expand_sources(parent.value[name])}
             sections[section] = Node(expanded, parent.origin)
+    for before, now in RENAMED_SETTINGS.items():
+        section = before.split(".")[0]
+        if section in sections:
+            sections[section] = _renamed(sections[section], before, now)
     return Node(sections, root.origin)
+
+
+def _renamed(section: Node, before: str, now: str) -> Node:
+    """The section with the name of today, unless both names are in it: that is left for `validate` to refuse."""
+    old, new = before.split(".")[1], now.split(".")[1]
+    if not isinstance(section.value, dict) or old not in section.value or new in section.value:
+        return section
+    return Node(
+        {
+            new if name == old else name: replace(node, former_path=before) if name == old else node
+            for name, node in section.value.items()
+        },
+        section.origin,
+    )
 
 
 def expand_sources(node: Node) -> Node:
@@ -72,12 +92,14 @@ class Validated:
 
     values:  nested plain values that the schema accepts; what was refused is missing
     origins: origin of each leaf that was written, by dotted path (`data.train[0].path`)
+    renamed: origin of each leaf that was written under a name of before, by that name
     invalid: paths whose value was refused
     errors:  one for each refusal
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
+    renamed: dict[str, Origin] = field(default_factory=dict)
     invalid: set[str] = field(default_factory=set)
     errors: list[ConfigError] = field(default_factory=list)
 
@@ -177,6 +199,8 @@ def _validate_leaf(
 ) -> None:
     value = node.plain()
     result.origins[path] = node.origin
+    if node.former_path is not None:
+        result.renamed[node.former_path] = node.origin
     if takes_list(schema_field):
         value = _as_tuple(schema_field, schema_path, value)
     try:

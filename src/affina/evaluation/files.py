@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from affina.catalog.methods import METHODS
+from affina.catalog.renamed_settings import current_name, with_current_names
 from affina.evaluation.compare import EvaluationResult
 from affina.evaluation.report import Command, Fact, ReportData, config_rows, write_report
 from affina.runs import atomic
@@ -62,7 +63,9 @@ def read_report_data(run: RunDirectory) -> ReportData:
         events=[*_data_findings(data_report, str(manifest.get("created") or "")), *run.events()],
         facts=_run_facts(run, manifest, config),
         data_facts=_data_facts(data_report),
-        config=config_rows(config, read_json(run.origins_file)),
+        config=config_rows(
+            config, {current_name(path): origin for path, origin in read_json(run.origins_file).items()}
+        ),
         environment=_environment(manifest),
         commands=next_commands(run),
     )
@@ -103,7 +106,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         value = YAML(typ="safe", pure=True).load(run.config_file.read_text(encoding="utf-8"))
     except (OSError, YAMLError, UnicodeDecodeError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return with_current_names(value) if isinstance(value, dict) else {}
 
 
 def get(value: Mapping[str, Any], *keys: str) -> Any:
@@ -123,7 +126,7 @@ def method_name(config: Mapping[str, Any]) -> str | None:
         return None
     text = {"lora": "LoRA", "rslora": "rsLoRA"}.get(str(method), str(method))
     text += f" r{rank}" if rank is not None else ""
-    base = get(config, "quantization", "method")
+    base = get(config, "quantization", "format")
     return f"{text} on {str(base).upper()}" if base not in (None, "none") else text
 
 

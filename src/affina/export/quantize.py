@@ -205,7 +205,7 @@ def _write_provenance(folder: Path, model: str, quantized: PreTrainedModel, opti
     content = {
         "quantized": True,
         "base": base_identity(quantized) | {"path": model},
-        "quantization": {"method": options.name, **asdict(options)},  # type: ignore[call-overload]
+        "quantization": {"format": options.name, **asdict(options)},  # type: ignore[call-overload]
     }
     atomic.write_json(folder / PROVENANCE_FILE, content)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 class CodeTable:
     """A 4-bit format's numbers.
 
-    name:    as in `quantization.method` and in bitsandbytes' `quant_type`
+    name:    as in `quantization.format` and in bitsandbytes' `quant_type`
     numbers: [16] the number in [−1, 1] that each index stands for
     order:   [16] the indices from the smallest number to the largest; which of two zeros comes first decides the byte
     """

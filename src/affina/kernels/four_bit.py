@@ -157,7 +157,7 @@ class FourBitTensor:
                 raise ModelError(
                     "quantized-weights-unreadable",
                     f"{name} groups its scales by {fields['nested_blocksize']}; affina reads groups of {GROUP_SIZE}",
-                    fix=f"quantise the original checkpoint again: quantization.method {table.name}",
+                    fix=f"quantise the original checkpoint again: quantization.format {table.name}",
                 )
             tensor = cls(
                 table=table,
@@ -192,7 +192,7 @@ def _check_tables(state: Mapping[str, Tensor], table: CodeTable, name: str) -> N
             raise ModelError(
                 "quantized-weights-unreadable",
                 f"{name} uses its own {suffix}, not the one of {table.name.upper()}",
-                fix=f"quantise the original checkpoint again: quantization.method {table.name}",
+                fix=f"quantise the original checkpoint again: quantization.format {table.name}",
             )
 
 

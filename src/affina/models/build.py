@@ -213,13 +213,13 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, torch.device, list[s
 def weight_format(config: RunConfig) -> WeightFormatOptions | None:
     """How the config wants the frozen linear layers stored; None: as the checkpoint has them."""
     quantization = config.quantization
-    if quantization.method == "none":
+    if quantization.format == "none":
         return None
-    if quantization.method == "fp8":
+    if quantization.format == "fp8":
         return Fp8Options(skip_modules=quantization.skip_modules)
-    if quantization.method == "int8":
+    if quantization.format == "int8":
         return Int8Options(skip_modules=quantization.skip_modules)
-    kind = Nf4Options if quantization.method == "nf4" else Fp4Options
+    kind = Nf4Options if quantization.format == "nf4" else Fp4Options
     return kind(
         double_quantization=quantization.double_quantization,
         scale_search=quantization.scale_search,

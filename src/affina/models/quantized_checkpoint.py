@@ -70,7 +70,7 @@ def options_of_checkpoint(stored: Mapping[str, Any], path: str) -> WeightFormatO
         f"{path} is stored quantised ({described})",
         why="affina reads bfloat16, float16, float32, bitsandbytes' NF4, FP4 and int8, and compressed-tensors' fp8 "
         "with one scale per channel",
-        fix="use the original model and set quantization.method: nf4",
+        fix="use the original model and set quantization.format: nf4",
     )
 
 
@@ -194,7 +194,7 @@ def quantization_config(base: PreTrainedModel, compute_dtype: torch.dtype) -> di
         raise ModelError(
             "quantization-unsupported",
             "the model has no quantised layers to save",
-            fix="load it with a quantization.method other than none",
+            fix="load it with a quantization.format other than none",
         )
     weight_format = format_of(layers[0])
     assert weight_format is not None

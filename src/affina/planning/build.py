@@ -107,7 +107,7 @@ def setup_of(config: RunConfig, shape: ModelShape, gpu: Gpu | None, workload: Wo
         shape=shape,
         adapter=Adapter(config.adapter.rank, config.adapter.targets, config.adapter.dropout),
         precision=precision_of(config, gpu),
-        format=shape.stored_format if is_stored and shape.stored_format else quantization.method,
+        format=shape.stored_format if is_stored and shape.stored_format else quantization.format,
         row_tokens=row_tokens,
         gpu=gpu,
         double_quantization=shape.stored_double if is_stored else quantization.double_quantization,

@@ -92,8 +92,8 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
     if optimizer:
         yield (*base, *optimizer)
         yield (*least, *optimizer)
-    if may_quantize and config.quantization.method not in FOUR_BIT_FORMATS:
-        format = Change("quantization.method", "nf4", "4.127 bits a weight instead of 16: 9.2% of error in each")
+    if may_quantize and config.quantization.format not in FOUR_BIT_FORMATS:
+        format = Change("quantization.format", "nf4", "4.127 bits a weight instead of 16: 9.2% of error in each")
         for rest in (base, *((*base, *change) for change in smaller), (*least, *optimizer)):
             yield (format, *rest)
         least = (format, *least)
@@ -229,5 +229,5 @@ def _reasons(config: RunConfig, changes: tuple[Change, ...], memory: MemoryPlan,
     is_all = memory.keeps.startswith("everything")
     rest = "nothing is computed again" if is_all else "the most that fits, the rest is computed again"
     yield f"layers keep {memory.keeps}: {rest}"
-    if "quantization.method" not in changed:
-        yield f"quantization.method stays {config.quantization.method}: it fits without another weight format"
+    if "quantization.format" not in changed:
+        yield f"quantization.format stays {config.quantization.format}: it fits without another weight format"

@@ -168,13 +168,13 @@ def _fitted(config: RunConfig, shape: ModelShape, gpu: Gpu) -> Iterator[Choice]:
         ("none", f"16-bit weights fit on {gpu.title}"),
         ("nf4", f"16-bit weights do not fit on {gpu.title}; 4.127 bits a weight do"),
     ):
-        tried = with_value(config, "quantization.method", format)
+        tried = with_value(config, "quantization.format", format)
         work = estimated_workload(tried)
         fit = best_fit(tried, shape, gpu, work, may_quantize=False)
         is_cut = fit is not None and any(change.path == "data.max_length" for change in fit.changes)
         if fit is None or (is_cut and format == "none"):
             continue
-        yield Choice("quantization.method", format, reason)
+        yield Choice("quantization.format", format, reason)
         cuts = {change.path: change for change in fit.changes}
         micro = cuts.pop("training.micro_batch_size", None)
         accumulation = cuts.pop("training.gradient_accumulation_steps", None)
@@ -186,7 +186,7 @@ def _fitted(config: RunConfig, shape: ModelShape, gpu: Gpu) -> Iterator[Choice]:
         for change in cuts.values():
             yield Choice(change.path, change.value, change.why)
         return
-    tightest = with_value(config, "quantization.method", "nf4")
+    tightest = with_value(config, "quantization.format", "nf4")
     raise nothing_fits(tightest, shape, gpu, work, gpu.memory_gib)
 
 

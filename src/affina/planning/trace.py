@@ -105,7 +105,7 @@ def raise_for_quantised_trace(base: nn.Module) -> None:
             "trace-quantised",
             "a trace runs on dense weights",
             why="quantising looks at the weights' values, and a trace has none",
-            fix="plan without --trace: the closed form knows every format; or set quantization.method=none",
+            fix="plan without --trace: the closed form knows every format; or set quantization.format=none",
         )
 
 

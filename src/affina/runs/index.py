@@ -10,6 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from affina.catalog.renamed_settings import with_current_names
 from affina.runs.directory import RunDirectory, Status
 
 
@@ -127,7 +128,8 @@ def _flat_config(run: RunDirectory) -> Iterator[tuple[str, Any]]:
     """`training.epochs` → 3 … from config.yaml, without needing the schema it was written with."""
     if not run.config_file.is_file():
         return
-    yield from _flatten(YAML(typ="safe", pure=True).load(run.config_file.read_text(encoding="utf-8")) or {}, "")
+    config = YAML(typ="safe", pure=True).load(run.config_file.read_text(encoding="utf-8")) or {}
+    yield from _flatten(with_current_names(config), "")
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -17,8 +17,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.catalog.methods import method_named
-from affina.config.rules import FOUR_BIT_METHODS
 from affina.config.schema import RunConfig
 from affina.data.batches import BatchPlan, StreamState
 from affina.data.run_data import RunData
@@ -424,8 +424,8 @@ def out_of_memory(config: RunConfig, error: torch.OutOfMemoryError, when: str = 
         )
     if training.gradient_checkpointing is False:
         advice.append("training.gradient_checkpointing: true")
-    if config.quantization.method not in FOUR_BIT_METHODS and "nf4" in method.trains_on:
-        advice.append("quantization.method: nf4")
+    if config.quantization.format not in FOUR_BIT_FORMATS and "nf4" in method.trains_on:
+        advice.append("quantization.format: nf4")
     if config.engine.memory != "lowest" and not method.trains_vocabulary:
         advice.append("engine.memory: lowest")
     advice.append(f"data.max_length: {config.data.max_length // 2}")

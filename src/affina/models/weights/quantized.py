@@ -45,7 +45,7 @@ class WeightFormatOptions(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the format, as in `quantization.method`."""
+        """Of the format, as in `quantization.format`."""
         ...
 
     @property
