@@ -408,7 +408,7 @@ def test_memory_that_runs_out_names_every_setting_that_saves_some(
     monkeypatch.setattr("affina.training.objectives.build.sft_objective", FullDevice(num_batches=0))
     with pytest.raises(TrainingError, match="out-of-memory") as caught:
         affina.train(config)
-    for advice in ("micro_batch_size: 1", "gradient_checkpointing: true", "method: nf4", "max_length: 32"):
+    for advice in ("micro_batch_size: 1", "gradient_checkpointing: true", "format: nf4", "max_length: 32"):
         assert advice in str(caught.value.fix)
     monkeypatch.undo()
     assert affina.train(config).steps == 5, "it took no step: its name is free"

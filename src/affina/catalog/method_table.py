@@ -128,6 +128,14 @@ adapter to all rows without an error. *vLLM*, *llama.cpp*: read the saved file a
 model they always read. *Fast*: the fused decoder trains it; others train on transformers' own forward, and the run says
 so. *Head*: trains a reward model's head beside it (`training.objective: reward`). *Rate*: a first learning rate over
 LoRA's, which is applied to the default and to presets, never to a rate that you write.
+
+Where this comes from. *Swap*, *mix*: PEFT 0.21 (`peft.utils.hotswap` knows LoRA only and refuses two configs that
+differ in `use_rslora`, dropout or `use_dora`; its mixed batch refuses DoRA); tests hold it to that. *vLLM*: its
+`vllm/lora/peft_helper.py` refuses DoRA, biases and `modules_to_save`, reads rsLoRA's scale, and takes ranks up to
+`--max-lora-rank`, 16 unless you raise it: a PiSSA or OLoRA file of rank R has rank 2R for it. *llama.cpp*: its
+`convert_lora_to_gguf.py` takes tensors named `lora_A` and `lora_B` only and stores `lora_alpha`; the scale is α / R,
+whatever `use_rslora` says, so an rsLoRA file needs `lora_alpha` multiplied by √R first. LoftQ's file belongs to the NF4
+base, which neither of the two loads as it was trained.
 """
 
 

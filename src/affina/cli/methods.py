@@ -51,11 +51,15 @@ def methods_command(
         print_methods(render.stdout(), table)
 
 
+_ABILITIES = ("trains on", "merges", "recomputes", "swap", "mix", "vLLM", "llama.cpp")
+"""What a method can do, in the words of docs/reference/methods.md."""
+
+
 def print_methods(console: Console, table: MethodTable) -> None:
-    """One line for each method."""
+    """One line for each method: its sizes on a model, else its title; both would be wider than a terminal."""
     columns = ("trained", "share", "file", "memory") if table.model is not None else ()
-    rows = render.table("method", *columns, "trains on", "merges", "vLLM", "fast", "what it is", numeric=columns)
-    rows.columns[-1].overflow = "fold"
+    last = () if table.model is not None else ("what it is",)
+    rows = render.table("method", *columns, *_ABILITIES, "fast", *last, numeric=columns)
     for row in table.rows:
         method, sizes = row.method, row.sizes
         cells = [Text(method.name, style="bold")]
@@ -68,9 +72,10 @@ def print_methods(console: Console, table: MethodTable) -> None:
             ]
         formats = "all" if method.trains_on == EVERY_FORMAT else ", ".join(sorted(method.trains_on))
         merges = {"exact": "yes", "dequantised base": "into nf4"}.get(method.merges, "no")
-        served = {"yes": "yes", "converted": "converted"}.get(method.vllm, "–")
-        marks = (formats, merges, served, "yes" if method.fast_engine else "–", method.title)
-        rows.add_row(*cells, *map(Text, marks))
+        abilities = (method.checkpointing, method.hot_swap, method.mixed_batch)
+        served = ("–" if server == "no" else server for server in (method.vllm, method.llama_cpp))
+        marks = (formats, merges, *map(_mark, abilities), *served, _mark(method.fast_engine))
+        rows.add_row(*cells, *map(Text, marks), *([] if last == () else [Text(method.title)]))
     console.print(rows)
     if table.model is not None:
         console.print(
@@ -81,7 +86,17 @@ def print_methods(console: Console, table: MethodTable) -> None:
         )
     else:
         console.print("\n--model Qwen/Qwen3-4B adds parameters, file and memory", style="dim")
+    console.print(
+        "recomputes: with gradient_checkpointing; swap, mix: PEFT exchanges it in place, uses several in one batch; "
+        "vLLM, llama.cpp: what reads the adapter's file (a merged model, all do); fast: the fused engine trains it.",
+        style="dim",
+        soft_wrap=True,
+    )
     console.print(f"also, unverified, by PEFT's names: {', '.join(table.unverified)}", style="dim", soft_wrap=True)
+
+
+def _mark(value: bool) -> str:
+    return "yes" if value else "–"
 
 
 def _megabytes(count: int) -> str:
