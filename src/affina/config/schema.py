@@ -347,8 +347,8 @@ class TrainingConfig(Section):
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
         default="adamw",
-        description="8-bit and paged variants save 6 bytes per adapter parameter and need the gpu extra; "
-        "paged ones move to main memory when the card is full.",
+        description="8-bit and paged variants save 6 bytes per adapter parameter (0.2 GB at rank 16 on Qwen3-4B) "
+        "and need the gpu extra; paged ones move to main memory when the card is full.",
     )
     adam_beta1: Fraction = Field(default=0.9, description="Memory of the gradient's running mean.")
     adam_beta2: Fraction = Field(
