@@ -271,7 +271,7 @@ def test_a_table_of_cards_has_the_price_at_every_provider_with_its_date(
         "on-demand",
         f"{360 * hours[0]:.2f}",
         f"{720 * hours[1]:.2f}",
-        *"2026-11-20 to 2026-11-22".split(),
+        *["2026-11-20", "to", "2026-11-22"],
     ]
     (south,) = [line.split() for line in out.splitlines() if line.startswith("south, spot")]
     assert south == ["south,", "spot", f"{36 * hours[1]:.2f}", "2026-11-01"]

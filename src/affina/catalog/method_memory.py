@@ -176,7 +176,7 @@ def _miss(shape: ModelShape, settings: AdapterSettings, n: int) -> MethodMemory:
 
 def _bottleneck(shape: ModelShape, settings: AdapterSettings, n: int) -> MethodMemory:
     targets = shape.linears_named(settings.targets)
-    lowest = "mlp" if settings.method == "pfeiffer" else "attention"
+    lowest: Literal["attention", "mlp"] = "mlp" if settings.method == "pfeiffer" else "attention"
     token = n * (_outputs(targets) + settings.bottleneck_size * len(targets))
     return MethodMemory(token=token, passed_over=lowest, working_token=3 * n * shape.hidden_size)
 

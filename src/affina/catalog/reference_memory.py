@@ -139,6 +139,8 @@ def reference_peaks(row: ReferenceRow, *, recompute: bool, accumulates: bool = F
     if n == 4:
         working -= tokens * n * hidden  # the layer's input is its own float32 copy
     head = kept + _head_bytes(row, recompute=recompute) + method.vocabulary
+    if row.method is not None and n == 2:
+        head += 4 * hidden * tokens  # the final norm's input in float32, which the last layer does not share
     # Where weights are trained their gradients pile up while what is kept goes: the last layer sees all of them.
     gradients = row.num_parameters * 4 + method.vocabulary if method.trains_weights and not accumulates else 0
     return ReferencePeaks(kept, head, max(kept, gradients) + working)

@@ -144,7 +144,11 @@ class Plan:
                 "is_exact": shape.is_exact,
             },
             "num_trainable": self.num_trainable,
-            "data": {**asdict(self.workload), "row_lengths": list(self.workload.row_lengths)},
+            "data": {
+                **asdict(self.workload),
+                "row_lengths": list(self.workload.row_lengths),
+                "mean_lengths": list(self.workload.mean_lengths),
+            },
             "effective_rows": self.effective_rows,
             "row_tokens": self.row_tokens,
             "adapter_bytes": self.adapter_bytes,

@@ -106,7 +106,8 @@ def _attach(base: PreTrainedModel, settings: TraceSettings) -> nn.Module:
     """The adapter, with those of rank, targets and dropout that the method has."""
     given = {"rank": settings.rank, "targets": settings.targets, "dropout": settings.dropout}
     options = {name: value for name, value in given.items() if name in method_named(settings.method).fields}
-    return attach_adapter(base, method=settings.method, options={**options, **settings.options})
+    model: nn.Module = attach_adapter(base, method=settings.method, options={**options, **settings.options})
+    return model
 
 
 def raise_for_quantised_trace(base: nn.Module) -> None:

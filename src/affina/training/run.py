@@ -281,9 +281,7 @@ def _probe_longest(
         optimizer,
         optimizer_kind=config.training.optimizer,
         accumulates=config.training.gradient_accumulation_steps > 1,
-        make_room=lambda: make_room_for(
-            engine.make_room if engine is not None else None, optimizer, observers, 0, what
-        ),
+        make_room=lambda: make_room_for(free_some, optimizer, observers, 0, what),
     )
 
 
