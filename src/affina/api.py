@@ -79,6 +79,7 @@ class TrainResult:
     seconds:           of training alone, without loading, validation and evaluation
     tokens_per_second: tokens of samples (no padding) per second of training
     planned_memory_bytes: what the peak was foreseen to be; None on a CPU, where the whole process is measured
+    planned_step_seconds: what a step was foreseen to take; None on a CPU, whose speed no catalog knows
     evaluation:        base against tuned, None when it was switched off or there is no validation set
     objective:         what was learnt: sft, dpo, …
     """
@@ -104,6 +105,7 @@ class TrainResult:
     evaluation: EvaluationResult | None
     report: Path | None
     objective: str = "sft"
+    planned_step_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `evaluation` has the shape of `affina eval --json`."""
@@ -255,6 +257,7 @@ def train(
         evaluation=evaluation,
         report=run.evaluation / "report.html" if evaluation is not None else None,
         objective=settings.training.objective,
+        planned_step_seconds=planned.step.step_seconds if planned and planned.step else None,
     )
 
 

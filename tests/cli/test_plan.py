@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+import affina
+from affina.catalog.methods import METHODS
+from affina.catalog.model_files import find_config
+from affina.catalog.shapes import read_shape
 from affina.cli.main import run
 
 
@@ -176,7 +180,10 @@ def test_a_stream_cannot_be_counted(capsys: pytest.CaptureFixture[str], tmp_path
         (["--model", "x"], "--model and --data belong to --recommend"),
         (["--preset", "production", "--gpu", "t4", "--prices", "none.csv"], "error[prices-unreadable]"),
         (["--preset", "production", "--set", "data.max_length=99999", "--gpu", "t4"], "131,072 with YaRN"),
-        (["--preset", "production", "--set", "adapter=dora", "--gpu", "h100"], "error[plan-unsupported]"),
+        (
+            ["--preset", "production", "--set", "adapter=hra", "--set", "quantization=none", "--gpu", "h100"],
+            "plan-unsupported",
+        ),
         (["--fit", "-3"], "error[usage]"),
         (["--preset", "premium", "--fit", "12", "--gpu", "l4,a4000"], "for one card, and 2 are named: l4, a4000"),
         (["--preset", "laptop", "--fit", "12", "--gpu", "cpu,t4"], "a fit is for one card, and 2 are named: cpu, t4"),
@@ -221,3 +228,55 @@ def _children_seconds() -> float:
 
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_planned_with_its_own_parameters(capsys: pytest.CaptureFixture[str], method: str) -> None:
+    format = "nf4" if method == "loftq" else "none"
+    code, out, _ = plan(
+        capsys, "--preset", "production", "--gpu", "b200", "--json", "--set", f"adapter={method}",
+        "--set", f"quantization={format}",
+    )  # fmt: skip
+    values = json.loads(out)
+    config = affina.check(preset="production", overrides=[f"adapter={method}", f"quantization={format}"]).config
+    given = {name: getattr(config.adapter, name) for name in METHODS[method].fields}
+    settings = METHODS[method].settings(**{name: value for name, value in given.items() if value is not None})
+    shape = read_shape(find_config("Qwen/Qwen3-4B")[0])
+    assert code == 0
+    assert values["num_trainable"] == METHODS[method].num_parameters(shape, settings)
+    assert values["adapter_bytes"] == pytest.approx(4 * METHODS[method].num_file_parameters(shape, settings), rel=1e-3)
+    (card,) = values["cards"]
+    parts = {part["name"]: part["num_bytes"] for part in card["memory"]["components"]}
+    assert parts["optimiser"] == pytest.approx(8 * values["num_trainable"], rel=1e-3)
+    is_noted = any("compared with steps on a CPU" in note for note in values["notes"])
+    assert is_noted is not METHODS[method].fast_engine
+
+
+def test_a_table_of_cards_has_the_price_at_every_provider_with_its_date(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text(
+        "provider,gpu,kind,usd_per_hour,date\n"
+        "north,h100,on-demand,360,2026-11-20\nnorth,h200,on-demand,720,2026-11-22\nsouth,h200,spot,36,2026-11-01\n"
+    )
+    _, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100,h200", "--prices", str(file))
+    values = json.loads(
+        plan(capsys, "--preset", "production", "--gpu", "h100,h200", "--prices", str(file), "--json")[1]
+    )
+    hours = [card["seconds"] / 3600 for card in values["cards"]]
+    (north,) = [line.split() for line in out.splitlines() if line.startswith("north, on-demand")]
+    assert north == [
+        "north,",
+        "on-demand",
+        f"{360 * hours[0]:.2f}",
+        f"{720 * hours[1]:.2f}",
+        *["2026-11-20", "to", "2026-11-22"],
+    ]
+    (south,) = [line.split() for line in out.splitlines() if line.startswith("south, spot")]
+    assert south == ["south,", "spot", f"{36 * hours[1]:.2f}", "2026-11-01"]
+
+
+def test_the_command_line_prints_the_very_object_of_the_api(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = plan(capsys, "--preset", "production", "--gpu", "h100,l4", "--json")
+    assert json.loads(out) == affina.plan(preset="production", gpus=["h100", "l4"]).to_dict()

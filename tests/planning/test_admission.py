@@ -116,10 +116,28 @@ def test_a_model_that_cannot_be_counted_is_tried_not_refused(tmp_path: Path) -> 
     assert admit(which, estimated_workload(which), device(0.1)) is None
 
 
-@pytest.mark.parametrize("sections", [{"adapter": {"method": "dora"}}, {"training": {"objective": "dpo"}}])
+@pytest.mark.parametrize("sections", [{"adapter": {"method": "hra"}}, {"training": {"objective": "dpo"}}])
 def test_a_run_that_is_not_counted_is_tried_not_refused(sections: dict[str, Any]) -> None:
     which = config(**sections)
     assert admit(which, estimated_workload(which), device(0.1)) is None
+
+
+def test_full_fine_tuning_is_refused_where_weights_and_optimiser_alone_do_not_fit() -> None:
+    which = config(adapter={"method": "full"}, training={"optimizer": "adamw_8bit"})
+    with pytest.raises(TrainingError, match="memory-too-small") as error:
+        admit(which, estimated_workload(which), device(22))
+    assert "trained weights 14.98 GiB" in str(error.value)
+
+
+def test_what_was_only_compared_on_a_cpu_does_not_refuse_a_run_and_does_not_teach() -> None:
+    which = config(adapter={"method": "vera"}, data={"train": "affina/support", "max_length": 4096})
+    plan = admit(which, estimated_workload(which), device(78))
+    assert plan is not None
+    between = (plan.certain_bytes + plan.memory.allocated_bytes) / 2 / GIB
+    assert plan.certain_bytes < plan.memory.allocated_bytes
+    assert admit(which, estimated_workload(which), device(between)) is not None
+    measured_record(plan, engine="reference", peak_bytes=2 * plan.certain_bytes, training_seconds=9.0, num_steps=40)
+    assert coefficients_for("h100", "reference", "none").memory_factor == 1.0
 
 
 def test_measurements_are_kept_beside_the_plan_and_taught() -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 
 from affina.catalog.fused_choice import RESERVE_SHARE, WORKSPACE_BYTES, StepDemand
 from affina.catalog.fused_memory import chunk_bytes
+from affina.catalog.method_memory import MethodMemory
 from affina.catalog.save_policy import LayerRanks
 from affina.catalog.shapes import ModelShape
 
@@ -36,7 +37,9 @@ class ReferenceRow:
     ranks:          of a layer's adapters            num_parameters: of the whole adapter
     dropped_inputs: Σ inputs of a layer's adapted linear layers where the adapter has dropout, else 0
     chunk_rows:     rows of logits at once
+    longest:        tokens of the longest sample, which only a mask's size depends on
     expands:        weights are quantised, so that one at a time is expanded for its product
+    method:         what another method than LoRA holds in place of its ranks and inputs; None: LoRA
     """
 
     shape: ModelShape
@@ -48,7 +51,9 @@ class ReferenceRow:
     num_parameters: int
     chunk_rows: int
     dropped_inputs: int = 0
+    longest: int = 0
     expands: bool = False
+    method: MethodMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,19 @@ def kept_bytes_per_token(row: ReferenceRow) -> int:
     norms = 2 * 4 * hidden + 2 * 4
     qk_norms = (4 * (query + key_value) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.has_qk_norm else 0
     mlp = 3 * n * shape.intermediate_size
-    return norms + qk_norms + mlp + _attention_bytes(row) + n * row.ranks.total + _adapter_inputs(row)
+    adapter = n * row.ranks.total + _adapter_inputs(row) if row.method is None else row.method.token
+    return norms + qk_norms + mlp + _attention_bytes(row) + adapter
+
+
+def _passed_over_per_token(row: ReferenceRow) -> int:
+    """Of the first layer, what is not kept because nothing below it is trained."""
+    shape, n, part = row.shape, row.itemsize, row.method.passed_over if row.method is not None else None
+    if part is None:
+        return 0
+    hidden, query, key_value = shape.hidden_size, shape.query_size, shape.key_value_size
+    qk_norms = (4 * (query + key_value) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.has_qk_norm else 0
+    attention = 4 * hidden + 4 + qk_norms + _attention_bytes(row)
+    return attention + (4 * hidden + 4 + 3 * n * shape.intermediate_size if part == "mlp" else 0)
 
 
 def _adapter_inputs(row: ReferenceRow) -> int:
@@ -96,22 +113,40 @@ def _attention_bytes(row: ReferenceRow) -> int:
     return n * (2 * query + keys_and_values) + log_sum_exp
 
 
-def reference_peaks(row: ReferenceRow, *, recompute: bool) -> ReferencePeaks:
-    """Activations and workspace of one micro-batch, beside weights, adapter, gradients and optimiser."""
+def reference_peaks(row: ReferenceRow, *, recompute: bool, accumulates: bool = False) -> ReferencePeaks:
+    """Activations and workspace of one micro-batch, beside weights, adapter, gradients and optimiser.
+
+    accumulates: gradients of an earlier micro-batch are there, and counted elsewhere; new ones are added to them
+    """
     shape, n, tokens = row.shape, row.itemsize, row.num_tokens
     hidden = shape.hidden_size
-    layer = kept_bytes_per_token(row) * tokens
+    method = row.method or _LORA
+    layer = kept_bytes_per_token(row) * tokens + method.layer + method.pair * tokens * row.longest
+    num_layers = shape.num_layers if method.num_layers is None else method.num_layers
     shared = tokens * (3 * 8 + 2 * n * shape.head_dim)  # ids, labels, positions; cosines and sines
     # 16-bit copies of the adapter, which autograd keeps; when recomputing, of one layer at a time
-    copies = row.num_parameters * 2 // (shape.num_layers if recompute else 1) if n == 2 else 0
-    kept = shape.num_layers * (n * hidden * tokens if recompute else layer) + shared + copies
+    copies = row.num_parameters * method.copies // (shape.num_layers if recompute else 1) if n == 2 else 0
+    kept = num_layers * (n * hidden * tokens if recompute else layer) + shared + copies
+    if not recompute:
+        kept -= _passed_over_per_token(row) * tokens
     # In a layer's backward pass: the gradients of its output and of two tensors of the MLP
     working = tokens * n * (hidden + 2 * shape.intermediate_size) + expanded_bytes(row)
+    working += method.working + method.working_token * tokens
     if recompute:
         working += layer
+        if row.method is not None:
+            working += 5 * n * hidden * tokens  # between a method's own layers; as much as was counted of any
     if n == 4:
         working -= tokens * n * hidden  # the layer's input is its own float32 copy
-    return ReferencePeaks(kept, kept + _head_bytes(row, recompute=recompute), kept + working)
+    head = kept + _head_bytes(row, recompute=recompute) + method.vocabulary
+    if row.method is not None and n == 2:
+        head += 4 * hidden * tokens  # the final norm's input in float32, which the last layer does not share
+    # Where weights are trained their gradients pile up while what is kept goes: the last layer sees all of them.
+    gradients = row.num_parameters * 4 + method.vocabulary if method.trains_weights and not accumulates else 0
+    return ReferencePeaks(kept, head, max(kept, gradients) + working)
+
+
+_LORA = MethodMemory()
 
 
 def _head_bytes(row: ReferenceRow, *, recompute: bool) -> int:
@@ -150,7 +185,9 @@ def reference_step_bytes(row: ReferenceRow, demand: StepDemand, *, recompute: bo
     A micro-batch's own gradients appear while what is kept goes; those of an earlier one are there throughout.
     """
     gradient = row.num_parameters * 4
-    step = reference_peaks(row, recompute=recompute).peak + (gradient if demand.accumulates else 0)
+    step = reference_peaks(row, recompute=recompute, accumulates=demand.accumulates).peak + (
+        gradient if demand.accumulates else 0
+    )
     validation = reference_evaluation_bytes(row) if demand.validates else 0
     return max(step, gradient, validation) + demand.optimizer_bytes + (2 * WORKSPACE_BYTES if on_gpu else 0)
 

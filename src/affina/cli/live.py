@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +57,23 @@ def sparkline(values: list[float], width: int, *, blocks: str = _BLOCKS) -> str:
     return "".join(blocks[min(int((mean - low) / span * len(blocks)), len(blocks) - 1)] for mean in means)
 
 
+_FORWARD_SHARE = 1 / 3
+"""Time of a token in a validation over that in a training step, as long as none has been measured."""
+
+
 class _Progress:
     """What both views show: counters, smoothed speed, time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._step_shown = 0.0
+        self._validations: list[float] = []
         self.facts: RunFacts | None = None
         self.last: StepMetrics | None = None
         self.validation: ValidationMetrics | None = None
         self.first_validation: float | None = None
         self.losses: list[float] = []
-        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=20)
 
     def on_start(self, facts: RunFacts) -> None:
         self.facts = facts
@@ -73,10 +81,13 @@ class _Progress:
     def on_step(self, metrics: StepMetrics) -> None:
         self.last = metrics
         self.losses.append(metrics.loss)
-        self._recent.append((metrics.seconds, metrics.step))
+        self._recent.append((metrics.seconds, metrics.step, metrics.num_tokens))
+        self._step_shown = self._clock()
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         self.validation = metrics
+        if self.last is not None and self.last.step == metrics.step:  # nothing else is between the two
+            self._validations.append(self._clock() - self._step_shown)
         if self.first_validation is None:
             self.first_validation = metrics.validation_loss
 
@@ -87,13 +98,39 @@ class _Progress:
         """Shown by the views that want to."""
 
     def seconds_left(self) -> float | None:
-        """Time to the last step at the speed of the last 20 logged steps."""
+        """Time to the last step and its validation.
+
+        At the speed of the last 20 logged steps, by tokens where the run's are known: without packing steps differ in
+        length. The first step, which loads kernels, is only where the count begins.
+        """
         if self.facts is None or self.last is None or len(self._recent) < 2:
             return None
-        (seconds_before, step_before), (seconds, step) = self._recent[0], self._recent[-1]
-        if step == step_before:
+        (seconds_before, step_before, tokens_before), (seconds, step, tokens) = self._recent[0], self._recent[-1]
+        if step == step_before or tokens == tokens_before:
             return None
-        return (self.facts.num_steps - step) * (seconds - seconds_before) / (step - step_before)
+        spent = seconds - seconds_before
+        steps_left = self.facts.num_steps - step
+        by_token = spent / (tokens - tokens_before)
+        if self.facts.num_samples:
+            training = steps_left * self.facts.tokens_per_step * by_token
+        else:  # a stream: only what a step may hold is known
+            training = steps_left * spent / (step - step_before)
+        return training + self._validations_left(step) * self._validation_seconds(by_token)
+
+    def _validations_left(self, step: int) -> int:
+        """After every so many steps, and after the last."""
+        assert self.facts is not None
+        total, every = self.facts.num_steps, self.facts.evaluate_every_steps
+        if not self.facts.validation_tokens or step >= total:
+            return 0
+        return -(-total // every) - step // every if every is not None else 1
+
+    def _validation_seconds(self, by_token: float) -> float:
+        """Of the validations so far; before the first, a forward pass at the speed of training."""
+        assert self.facts is not None
+        if self._validations:
+            return sum(self._validations) / len(self._validations)
+        return self.facts.validation_tokens * by_token * _FORWARD_SHARE
 
 
 _QUIET_EVENTS = frozenset({"checkpoint", "loss-scale-halved"})
@@ -102,8 +139,10 @@ _QUIET_EVENTS = frozenset({"checkpoint", "loss-scale-halved"})
 class PlainLines(_Progress):
     """One line at the start, at most one every few seconds, and one for each validation and event."""
 
-    def __init__(self, console: Console, *, seconds_between: float = 5.0) -> None:
-        super().__init__()
+    def __init__(
+        self, console: Console, *, seconds_between: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
         self._console = console
         self._seconds_between = seconds_between
         self._printed = -seconds_between
@@ -120,9 +159,9 @@ class PlainLines(_Progress):
         super().on_step(metrics)
         assert self.facts is not None
         is_last = metrics.step == self.facts.num_steps
-        if not is_last and time.monotonic() - self._printed < self._seconds_between:
+        if not is_last and self._clock() - self._printed < self._seconds_between:
             return
-        self._printed = time.monotonic()
+        self._printed = self._clock()
         left = self.seconds_left()
         self._print(
             f"step {metrics.step}/{self.facts.num_steps}  loss {metrics.loss:.4f}  {_listed(metrics)}"

@@ -55,7 +55,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 
 def _print_head(console: Console, plan: Plan) -> None:
     shape, data = plan.shape, plan.workload
-    share = plan.num_trainable / (shape.num_parameters + plan.num_trainable)
+    share = min(1.0, plan.num_trainable / shape.num_parameters)
     console.print(
         f"model    {plan.model}: {shape.num_parameters:,} parameters, {plan.num_trainable:,} trained ({share:.2%})",
         soft_wrap=True,
@@ -191,6 +191,24 @@ def _print_table(console: Console, plan: Plan) -> None:
     console.print()
     console.print(table)
     console.print("GiB; the cheapest price that is known, as quoted on its date", style="dim")
+    _print_prices(console, plan)
+
+
+def _print_prices(console: Console, plan: Plan) -> None:
+    """USD of the whole run at every provider that has one of the cards on which it fits."""
+    offers = {(cost.provider, cost.kind, card.name): cost for card in plan.cards if card.fits for cost in card.costs}
+    cards = [card.name for card in plan.cards if any(name == card.name for _, _, name in offers)]
+    places = sorted({(provider, kind) for provider, kind, _ in offers})
+    if not places:
+        return
+    table = render.table("USD of the run at", *cards, "quoted", numeric=tuple(cards))
+    for provider, kind in places:
+        row = [offers.get((provider, kind, card)) for card in cards]
+        dates = sorted({cost.date for cost in row if cost is not None})
+        quoted = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        table.add_row(f"{provider}, {kind}", *(f"{cost.usd:.2f}" if cost is not None else "" for cost in row), quoted)
+    console.print()
+    console.print(table)
 
 
 def _verdict(card: CardPlan) -> str:

@@ -100,6 +100,12 @@ def print_train_result(console: Console, result: TrainResult) -> None:
         f"({result.tokens_per_second:,.0f} tokens/s, peak memory {format_bytes(result.peak_memory_bytes)}"
         f"{_against_plan(result)}){saved}"
     )
+    if result.planned_step_seconds is not None and result.steps:
+        step = result.seconds / result.steps
+        console.print(
+            f"a step took {step:.3g} s, planned {result.planned_step_seconds:.3g} s "
+            f"({result.planned_step_seconds / step - 1:+.1%})"
+        )
     if result.num_skipped_steps:
         events = result.run / "events.jsonl"
         console.print(f"{result.num_skipped_steps} steps were skipped: see {events}", style="yellow")

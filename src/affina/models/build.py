@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from affina.catalog.context import context_tokens
 from affina.catalog.fused_choice import OPTIMIZER_BYTES, StepDemand
 from affina.catalog.gpus import OLDEST_FUSED_CAPABILITY
+from affina.catalog.method_memory import method_memory
 from affina.catalog.methods import method_named
 from affina.catalog.model_files import resolve_model_folder
 from affina.catalog.reference_memory import Attention, ReferenceRow, wants_recomputation
@@ -28,7 +29,7 @@ from affina.config.rules import longer_than_context, room_for_samples
 from affina.config.schema import RunConfig
 from affina.errors import ModelError
 from affina.kernels.linear_cross_entropy import default_chunk_rows
-from affina.models.adapters import attach_adapter, base_identity, load_adapter
+from affina.models.adapters import attach_adapter, base_identity, load_adapter, settings_of
 from affina.models.adapters.attach import ADAPTER_NAME
 from affina.models.adapters.factors import start_from_quantization_error
 from affina.models.adapters.limits import check_sizes
@@ -362,6 +363,8 @@ def _reference_row(base: PreTrainedModel, model: nn.Module, config: RunConfig, d
         chunk_rows=default_chunk_rows(shape.vocabulary_size, device),
         dropped_inputs=dropped if config.adapter.dropout else 0,
         expands=any(quantized_layers(base)),
+        longest=config.data.max_length,
+        method=method_memory(method_named(settings_of(model).method), shape, settings_of(model), itemsize=itemsize),
     )
 
 

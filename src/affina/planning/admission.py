@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from affina.catalog.gpus import Gpu, gpus
+from affina.catalog.methods import method_named
 from affina.config.schema import RunConfig
 from affina.errors import ModelError, TrainingError
 from affina.planning.build import model_config, shape_of, why_unplanned
@@ -64,7 +65,7 @@ def admit(config: RunConfig, workload: Workload, device: Device) -> CardPlan | N
     card = device.card()
     plan = plan_card(config, shape, card, workload, (), with_changes=False)
     limit = _limit_bytes(config, device)
-    if limit is not None and shape.is_exact and plan.memory.allocated_bytes > limit:
+    if limit is not None and shape.is_exact and plan.certain_bytes > limit:
         changes = smallest_changes(config, shape, card, workload, may_quantize=True)
         needed = _needed(config, shape, card, workload, changes)
         raise _refusal(config, plan.memory, changes, needed, limit, device)
@@ -149,7 +150,8 @@ def measured_record(
     """
     planned_step = plan.step.step_seconds if plan.step is not None else None
     step = training_seconds / num_steps if num_steps else None
-    if plan.gpu is not None and engine == plan.memory.engine and peak_bytes is not None:
+    is_counted = method_named(plan.method).fast_engine  # the others' estimates must not correct LoRA's
+    if is_counted and plan.gpu is not None and engine == plan.memory.engine and peak_bytes is not None:
         factor = _time_factor(plan)
         learn(
             plan.gpu.name,

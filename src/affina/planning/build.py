@@ -28,8 +28,8 @@ _OF_DTYPE: Mapping[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "fl
 def why_unplanned(config: RunConfig) -> str | None:
     """Why the memory of this run is not known beforehand, as a clause; None: it is known."""
     method = method_named(config.adapter.method)
-    if not method.fast_engine:
-        return f"adapter.method {method.name} holds other things than LoRA's two matrices a layer"
+    if not method.is_verified:
+        return f"adapter.method {method.name} is PEFT's own, and affina does not know what it holds"
     if not OBJECTIVES[config.training.objective].runs_fast:
         return f"training.objective {config.training.objective} computes more than the supervised cross-entropy"
     return None
@@ -42,7 +42,7 @@ def raise_unless_planned(config: RunConfig) -> None:
         raise ConfigError(
             "plan-unsupported",
             f"the memory of this run cannot be planned: {reason}",
-            why="the closed form counts LoRA and its relatives on the supervised cross-entropy",
+            why="the closed form counts the methods of `affina methods` on the supervised cross-entropy",
             fix="plan it with `adapter: lora` and `training.objective=sft` for a lower bound, or train: "
             "`affina train` does not need a plan",
         )
@@ -105,7 +105,7 @@ def setup_of(config: RunConfig, shape: ModelShape, gpu: Gpu | None, workload: Wo
         row_tokens = min(row_tokens, -(-sum(lengths) // 128) * 128)
     return StepSetup(
         shape=shape,
-        adapter=Adapter(config.adapter.rank, config.adapter.targets, config.adapter.dropout),
+        adapter=adapter_of(config),
         precision=precision_of(config, gpu),
         format=shape.stored_format if is_stored and shape.stored_format else quantization.format,
         row_tokens=row_tokens,
@@ -129,6 +129,18 @@ def setup_of(config: RunConfig, shape: ModelShape, gpu: Gpu | None, workload: Wo
     )
 
 
+def adapter_of(config: RunConfig) -> Adapter:
+    """The method and its settings."""
+    adapter = config.adapter
+    fields = method_named(adapter.method).fields
+    others = tuple(
+        (name, value)
+        for name in fields
+        if name not in ("rank", "targets", "dropout") and (value := getattr(adapter, name)) is not None
+    )
+    return Adapter(adapter.rank, adapter.targets, adapter.dropout, adapter.method, others)
+
+
 def _generation(config: RunConfig, workload: Workload) -> tuple[int, int]:
     """Replies at once, and tokens of the longest prompt with its reply."""
     evaluation = config.evaluation
@@ -140,6 +152,8 @@ def _generation(config: RunConfig, workload: Workload) -> tuple[int, int]:
 
 def adapter_file_bytes(setup: StepSetup) -> int:
     """Of the saved adapter: float32 matrices and about 130 bytes of header for each."""
+    if setup.counts_by_method:
+        return setup.adapter.entry.num_file_parameters(setup.shape, setup.adapter.settings) * 4
     matrices = 2 * sum(adapted for _, _, adapted in setup.linears)
     return setup.num_trainable * 4 + matrices * 130
 

@@ -92,7 +92,8 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
     if optimizer:
         yield (*base, *optimizer)
         yield (*least, *optimizer)
-    if may_quantize and config.quantization.format not in FOUR_BIT_FORMATS:
+    method = method_named(config.adapter.method)
+    if may_quantize and "nf4" in method.trains_on and config.quantization.format not in FOUR_BIT_FORMATS:
         format = Change("quantization.format", "nf4", "4.127 bits a weight instead of 16: 9.2% of error in each")
         for rest in (base, *((*base, *change) for change in smaller), (*least, *optimizer)):
             yield (format, *rest)
@@ -113,7 +114,7 @@ def _proposals(config: RunConfig, workload: Workload, *, may_quantize: bool) -> 
         yield (*least, shorter)
         if optimizer:
             yield (*least, *optimizer, shorter)
-    rank = config.adapter.rank
+    rank = config.adapter.rank if "rank" in method.fields and method.name != "adalora" else 0
     while rank > _SMALLEST_RANK:
         rank //= 2
         smaller_rank = Change("adapter.rank", rank, "fewer trained parameters: it can learn less")

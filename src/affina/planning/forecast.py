@@ -17,7 +17,7 @@ from affina.config import ResolvedConfig
 from affina.config.derive import with_value
 from affina.config.schema import RunConfig
 from affina.errors import ConfigError
-from affina.planning.build import model_config, precision_of, raise_unless_planned, shape_of
+from affina.planning.build import adapter_of, model_config, precision_of, raise_unless_planned, shape_of
 from affina.planning.fit import Change, Fit, apply, best_fit, memory_of, smallest_changes, workload_after
 from affina.planning.plan import CPU_NAME, Plan, make_plan
 from affina.planning.workload import Workload, estimated_workload
@@ -247,6 +247,8 @@ def _trace(config: RunConfig, plan: Plan) -> TraceResult:
             rank=config.adapter.rank,
             targets=config.adapter.targets,
             dropout=config.adapter.dropout,
+            method=config.adapter.method,
+            options=dict(adapter_of(config).others),
             recompute=wants,
             optimizer=OptimizerOptions("adamw"),
         ),

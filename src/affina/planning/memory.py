@@ -189,14 +189,14 @@ def _reference_plan(setup: StepSetup, static: dict[str, int], coefficients: Coef
     demand = _demand(setup)
     recompute = _reference_recomputes(setup, demand, static, coefficients)
     row = reference_row(setup)
-    peaks = reference_peaks(row, recompute=recompute)
+    peaks = reference_peaks(row, recompute=recompute, accumulates=demand.accumulates)
     workspaces = WORKSPACE_BYTES * 2 if on_gpu else 0
     step = reference_step_bytes(row, replace(demand, validates=False), recompute=recompute, on_gpu=on_gpu)
     gradient = step - demand.optimizer_bytes - workspaces - peaks.peak
     head = peaks.head - peaks.kept if peaks.head >= peaks.layer else 0
     keeps = "layers' inputs" if recompute else "everything for the backward pass"
     parts = [
-        Component("gradients", gradient, "float32, of the adapter"),
+        Component("gradients", gradient, "float32" if setup.trains_weights else "float32, of the adapter"),
         Component("optimiser", demand.optimizer_bytes, setup.optimizer),
         Component("activations kept", peaks.kept, keeps),
         Component("workspace", peaks.peak - peaks.kept - head, "of the layer that is being computed"),
@@ -277,11 +277,16 @@ def _assemble(
         adapter = f"{setup.num_trainable:,} parameters in main memory, one layer of them here"
     elif engine == "fast" and setup.itemsize == 2:
         adapter += " and working copy"
+    if setup.trains_weights:
+        adapter = f"{setup.num_trainable:,} weights of the model itself, float32 in their own place"
+        host += setup.num_trainable * setup.itemsize  # the base's values, to compare with
+    elif setup.num_frozen:
+        adapter += f"; beside them {setup.num_frozen:,} that {setup.adapter.entry.title} holds and does not train"
     components = [
         Component("base weights", static["linear"] + static["other"], f"{setup.format} on the linear layers"
                   if setup.format != "none" else f"{setup.precision}"),
         Component("embedding", static["embedding"], f"{heads}, {'int8' if setup.is_lowest else setup.precision}"),
-        Component("adapter", static["adapter"], adapter),
+        Component("trained weights" if setup.trains_weights else "adapter", static["adapter"], adapter),
         Component("expansion", static["expansion"], "room to expand weights and for low-rank products"),
         *parts,
         Component(_CONTEXT, context, "driver, kernels and libraries"),
@@ -303,7 +308,7 @@ def _assemble(
         wanted_replies=setup.generation[0],
         num_replies=num_replies,
         peak_bytes=peak,
-        host_bytes=PROCESS_BYTES + max(in_loading, host if on_gpu else peak),
+        host_bytes=PROCESS_BYTES + max(in_loading, host if on_gpu else peak + host),
         engine=engine,
         engine_reason=reason,
         keeps=keeps,

@@ -9,6 +9,7 @@ from typing import Any
 
 from affina.catalog.formats import WEIGHT_FORMATS
 from affina.catalog.gpus import Gpu
+from affina.catalog.methods import AdapterMethod, method_named
 from affina.catalog.prices import Price
 from affina.catalog.shapes import ModelShape
 from affina.config.derive import VALIDATIONS_PER_RUN, has_validation
@@ -27,6 +28,7 @@ from affina.planning.cost import Cost, costs, energy_kwh
 from affina.planning.fit import Change, smallest_changes
 from affina.planning.memory import MemoryPlan, plan_memory
 from affina.planning.setup import ROW_MULTIPLE, StepSetup
+from affina.planning.static_memory import optimizer_bytes, static_bytes
 from affina.planning.time import StepTime, plan_time
 from affina.planning.workload import Workload, estimated_workload
 from affina.runs.checkpoints import checkpoint_bytes
@@ -41,6 +43,8 @@ class CardPlan:
 
     gpu:      None: a CPU
     format:   of the base's linear layers
+    method:   of the adapter
+    certain_bytes: of the memory, what lies there whatever the activations: weights, adapter, optimiser, gradients
     changes:  the smallest change with which it fits, empty where it fits or nothing helps
     may_quantize: whether these were allowed to propose another weight format
     seconds:  of the whole run with validation and comparison; None: unknown
@@ -48,6 +52,8 @@ class CardPlan:
 
     gpu: Gpu | None
     format: str
+    method: str
+    certain_bytes: int
     memory: MemoryPlan
     step: StepTime | None
     fits: bool
@@ -138,7 +144,11 @@ class Plan:
                 "is_exact": shape.is_exact,
             },
             "num_trainable": self.num_trainable,
-            "data": {**asdict(self.workload), "row_lengths": list(self.workload.row_lengths)},
+            "data": {
+                **asdict(self.workload),
+                "row_lengths": list(self.workload.row_lengths),
+                "mean_lengths": list(self.workload.mean_lengths),
+            },
             "effective_rows": self.effective_rows,
             "row_tokens": self.row_tokens,
             "adapter_bytes": self.adapter_bytes,
@@ -214,6 +224,8 @@ def plan_card(
     return CardPlan(
         gpu=gpu,
         format=setup.format,
+        method=config.adapter.method,
+        certain_bytes=_certain_bytes(setup, memory),
         memory=memory,
         step=step,
         fits=memory.fits,
@@ -234,6 +246,14 @@ def measure(setup: StepSetup, mean: StepSetup | None = None) -> tuple[MemoryPlan
     coefficients = coefficients_for(card, engine, setup.format)
     memory = plan_memory(setup, coefficients)
     return memory, plan_time(mean or setup, memory, coefficients), coefficients
+
+
+def _certain_bytes(setup: StepSetup, memory: MemoryPlan) -> int:
+    """Of LoRA and its relatives everything is counted on a card. Of other methods, what no activation is part of."""
+    if not setup.counts_by_method:
+        return memory.allocated_bytes
+    gradient = 4 * setup.num_trainable if setup.micro_batches > 1 or setup.trains_weights else 0
+    return sum(static_bytes(setup).values()) + optimizer_bytes(setup) + gradient
 
 
 def _mean_setup(setup: StepSetup, workload: Workload) -> StepSetup:
@@ -278,8 +298,21 @@ def _generation_seconds(
     return 2 * -(-count // memory.num_replies) * config.evaluation.max_new_tokens * token
 
 
+def _costs(method: AdapterMethod) -> str:
+    """As a clause; what is not among the counted products."""
+    return f"also computes what is not counted ({method.cost})"
+
+
 def _notes(config: RunConfig, shape: ModelShape, workload: Workload, raw: dict[str, Any], folder: Path) -> list[str]:
     notes = []
+    method = method_named(config.adapter.method)
+    if not method.fast_engine:
+        notes.append(
+            f"{method.title}: parameters, gradients and optimiser are counted exactly; its activations were compared "
+            "with steps on a CPU, not with a card"
+        )
+        if method.kind != "weights":
+            notes.append(f"time is a lower bound: {method.title} {_costs(method)}")
     if not shape.is_exact:
         notes.append(f"{shape.model_type} is not described: it is counted as a Llama-like decoder of the same sizes")
     if not workload.is_exact:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+from affina.catalog.adapter_settings import AdapterSettings
 from affina.catalog.decoder import DecoderSpec
 from affina.catalog.fused_memory import FusedRow, Products, logits_chunk_rows
 from affina.catalog.gpus import Gpu
+from affina.catalog.method_memory import MethodMemory, method_memory
+from affina.catalog.methods import AdapterMethod, method_named
 from affina.catalog.reference_memory import Attention, ReferenceRow
 from affina.catalog.save_policy import LayerRanks
 from affina.catalog.shapes import LinearShape, ModelShape, matches
@@ -24,11 +27,26 @@ Precision = Literal["bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """rank on `targets` ("all-linear", or names or their last parts); dropout of the adapter's input."""
+    """rank on `targets` ("all-linear", or names or their last parts); dropout of the adapter's input.
+
+    method: of the catalog; others: its settings besides, by name
+    """
 
     rank: int
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
+    method: str = "lora"
+    others: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def entry(self) -> AdapterMethod:
+        return method_named(self.method)
+
+    @property
+    def settings(self) -> AdapterSettings:
+        """Of the method, as the catalog counts with them."""
+        given = {"rank": self.rank, "targets": self.targets, "dropout": self.dropout, **dict(self.others)}
+        return self.entry.settings(**{name: value for name, value in given.items() if name in self.entry.fields})
 
 
 @dataclass(frozen=True)
@@ -111,9 +129,32 @@ class StepSetup:
                 is_skipped = any(f".{skipped}." in f".{name}." for skipped in self.skipped)
                 yield linear, "none" if is_skipped else self.format, matches(self.adapter.targets, name)
 
+    @property
+    def counts_by_method(self) -> bool:
+        """Whether the method trains other things than LoRA's two matrices."""
+        return not self.adapter.entry.fast_engine
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights of the model itself are trained, in float32 in their own place."""
+        return self.adapter.method in ("full", "freeze")
+
+    @cached_property
+    def num_frozen(self) -> int:
+        """Float32 values that the method holds besides, not trained."""
+        count = self.adapter.entry.num_frozen
+        return count(self.shape, self.adapter.settings) if count is not None else 0
+
+    @cached_property
+    def method_memory(self) -> MethodMemory | None:
+        """None: LoRA's."""
+        return method_memory(self.adapter.entry, self.shape, self.adapter.settings, itemsize=self.itemsize)
+
     @cached_property
     def num_trainable(self) -> int:
-        """Σ R · (out + in)"""
+        """Σ R · (out + in); of other methods than LoRA, what the catalog counts."""
+        if self.counts_by_method:
+            return self.adapter.entry.num_parameters(self.shape, self.adapter.settings)
         rank = self.adapter.rank
         return sum(
             rank * (linear.out_features + linear.in_features) * linear.count
@@ -158,6 +199,8 @@ class StepSetup:
             return "engine.path is reference"
         if not isinstance(spec, DecoderSpec):
             return spec.reason
+        if self.counts_by_method:
+            return f"it computes plain LoRA, not {self.adapter.entry.title}"
         if self.gpu is None and self.precision != "fp32":
             return f"on a CPU it computes in float32, not {self.precision}"
         if self.gpu is not None and not self.gpu.runs_fused:
@@ -201,9 +244,15 @@ def reference_row(setup: StepSetup, *, num_predicted: int | None = None) -> Refe
         attention = "varlen"
     layer = setup.linears[: len(setup.shape.linears)]
     dropped = sum(linear.in_features for linear, _, is_adapted in layer if is_adapted) if setup.adapter.dropout else 0
+    method = setup.method_memory
+    longest, tokens = max(setup.documents), setup.row_tokens
+    if method is not None and not method.packs:
+        # Each sample in a row of its own, behind its virtual tokens and padded to the longest.
+        longest += method.virtual_tokens
+        tokens = len(setup.documents) * longest
     return ReferenceRow(
         shape=setup.shape,
-        num_tokens=setup.row_tokens,
+        num_tokens=tokens,
         num_predicted=setup.predicted if num_predicted is None else num_predicted,
         itemsize=setup.itemsize,
         attention=attention,
@@ -211,7 +260,9 @@ def reference_row(setup: StepSetup, *, num_predicted: int | None = None) -> Refe
         num_parameters=setup.num_trainable,
         chunk_rows=logits_chunk_rows(setup.shape.vocabulary_size, is_cpu=is_cpu),
         dropped_inputs=dropped,
+        longest=longest,
         expands=setup.format != "none",
+        method=method,
     )
 
 

@@ -59,9 +59,12 @@ def _static_bytes(key: _StaticKey) -> dict[str, int]:
         "linear": linears,
         "embedding": embedding,
         "other": shape.other_parameters * n,
-        "adapter": setup.num_trainable * 4,
+        "adapter": (setup.num_trainable + setup.num_frozen) * 4,
         "expansion": 0,
     }
+    if setup.trains_weights:  # float32 values in the place of the base's
+        share = setup.num_trainable - setup.shape.num_parameters
+        parts |= {"linear": 0, "embedding": 0, "other": 0} if not share else _without_last_layers(setup, parts)
     if isinstance(setup.fused, DecoderSpec):
         parts["adapter"] = allocated(setup.flat_parameters, 4) + (allocated(setup.flat_parameters, n) if n == 2 else 0)
         parts["expansion"] = _room_for_low_rank(setup) if setup.products == "dense" else _workspace(setup)
@@ -69,6 +72,16 @@ def _static_bytes(key: _StaticKey) -> dict[str, int]:
             # One layer's gradients in float32, its matrices as they arrive, and two places for them in 16 bits.
             parts["adapter"] = setup.flat_parameters // shape.num_layers * (8 + 2 * n)
     return parts
+
+
+def _without_last_layers(setup: StepSetup, parts: dict[str, int]) -> dict[str, int]:
+    """Weights that stay frozen below the trained layers."""
+    layers = min(setup.adapter.settings.num_layers, setup.shape.num_layers)
+    others = setup.shape.num_layer_parameters - sum(linear.num_weights for linear in setup.shape.linears)
+    return {
+        "linear": parts["linear"] * (setup.shape.num_layers - layers) // setup.shape.num_layers,
+        "other": parts["other"] - layers * others * setup.itemsize,
+    }
 
 
 def adapter_on_host(setup: StepSetup) -> bool:

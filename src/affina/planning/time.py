@@ -52,11 +52,12 @@ def plan_time(setup: StepSetup, memory: MemoryPlan, coefficients: Coefficients) 
     rates = _Rates(gpu, setup, c, is_fast=is_fast)
     again = _recomputed(setup, memory)
     weights = setup.shape.linear_weights
-    products = (4 * weights + 2 * weights * again.products) * tokens / rates.gemm(tokens)
+    products = (_factor(setup) * weights + 2 * weights * again.products) * tokens / rates.gemm(tokens)
     square = sum(length * length for length in setup.documents)
     forward = 2 * setup.shape.query_size * square * setup.shape.num_layers
     attention = forward * (3.5 + again.attention) / rates.attention
-    adapter = 6 * setup.num_trainable * (1 + again.share / 3) * tokens / rates.adapter
+    beside = 0 if setup.trains_weights else setup.num_trainable
+    adapter = 6 * beside * (1 + again.share / 3) * tokens / rates.adapter
     head = 4 * setup.shape.embedding_parameters * setup.predicted / rates.head
     head += 10 * setup.shape.vocabulary_size * setup.predicted / rates.traffic
     traffic = _bytes_moved(setup) * (1 + again.share / 3) * tokens / rates.traffic
@@ -79,6 +80,16 @@ def plan_time(setup: StepSetup, memory: MemoryPlan, coefficients: Coefficients) 
         step,
         tokens / micro,
     )
+
+
+def _factor(setup: StepSetup) -> float:
+    """FLOP of the base's products per weight and token: 2 forward, 2 for the input's gradient, 2 for the weight's."""
+    if not setup.trains_weights:
+        return 4.0
+    memory = setup.method_memory
+    assert memory is not None
+    share = 1.0 if memory.num_layers is None else memory.num_layers / setup.shape.num_layers
+    return 2.0 + 4.0 * share
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +167,9 @@ def _bytes_moved(setup: StepSetup) -> float:
     """Of one token through all layers, both passes, beside products: norms and residuals, the activation, adapters."""
     shape = setup.shape
     rows = (30 * shape.hidden_size + 12 * shape.intermediate_size) * setup.itemsize
+    method = setup.method_memory
+    if method is not None:
+        return (rows + 2 * method.token) * shape.num_layers
     adapters = 2 * setup.itemsize * setup.num_trainable / max(setup.adapter.rank, 1) / shape.num_layers
     return (rows + adapters) * shape.num_layers
 

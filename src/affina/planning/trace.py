@@ -10,9 +10,9 @@ other workspace, which the closed form of `memory` knows.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate as accumulate_lengths
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from affina.catalog.methods import method_named
 from affina.data.collate import Batch
 from affina.data.samples import IGNORED_LABEL
 from affina.errors import ModelError
@@ -43,6 +44,7 @@ class TraceSettings:
     """What is traced. lengths: the documents of one micro-batch, laid end to end; every token but the first is trained
 
     weight_format: of the frozen linear layers, None: dense
+    rank, targets, dropout: of the methods that have them; options: the method's other settings
     recompute:     activations are recomputed layer by layer
     """
 
@@ -52,6 +54,8 @@ class TraceSettings:
     rank: int = 16
     targets: str | Sequence[str] = "all-linear"
     dropout: float = 0.0
+    method: str = "lora"
+    options: Mapping[str, Any] = field(default_factory=dict)
     recompute: bool = False
     optimizer: OptimizerOptions = _ADAMW
     gradient_accumulation_steps: int = 1
@@ -92,9 +96,17 @@ def build_model(config: PretrainedConfig, settings: TraceSettings) -> nn.Module:
         quantize_linears(
             base, settings.weight_format, exclude=[head for head in [base.get_output_embeddings()] if head is not None]
         )
-    model: nn.Module = attach_adapter(base, rank=settings.rank, targets=settings.targets, dropout=settings.dropout)
+    model: nn.Module = _attach(base, settings)
     if settings.recompute:
         enable_recomputation(base)
+    return model
+
+
+def _attach(base: PreTrainedModel, settings: TraceSettings) -> nn.Module:
+    """The adapter, with those of rank, targets and dropout that the method has."""
+    given = {"rank": settings.rank, "targets": settings.targets, "dropout": settings.dropout}
+    options = {name: value for name, value in given.items() if name in method_named(settings.method).fields}
+    model: nn.Module = attach_adapter(base, method=settings.method, options={**options, **settings.options})
     return model
 
 
@@ -132,7 +144,8 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 def run_step(model: nn.Module, settings: TraceSettings, mode: FakeTensorMode | None = None) -> Trace:
     """The peak of the second optimiser step of `model`, whose tensors are fake under `mode`, or real without one."""
-    assume_packed(model)
+    if method_named(settings.method).packs:
+        assume_packed(model)
     counter = AllocationCounter()
     counter.add([*model.parameters(), *model.buffers()])
     static = counter.alive_bytes

@@ -15,7 +15,10 @@ from affina.runs.jsonlines import JsonLinesFile
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What is known when training starts."""
+    """What is known when training starts.
+
+    evaluate_every_steps, validation_tokens: what validations there will be, for the time that is left; 0: none
+    """
 
     name: str
     directory: str
@@ -28,6 +31,8 @@ class RunFacts:
     first_step: int
     num_samples: int
     tokens_per_step: float
+    evaluate_every_steps: int | None = None
+    validation_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

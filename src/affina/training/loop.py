@@ -133,7 +133,7 @@ def train(
             step=state.step,
             loss_scale=loss_scale.scale,
             begin=lambda: seed_step(settings.seed, state.step),
-            make_room=lambda: _make_room(make_room, optimizer, observers, state.step + 1, f"step {state.step + 1}"),
+            make_room=lambda: make_room_for(make_room, optimizer, observers, state.step + 1, f"step {state.step + 1}"),
             regularization=method_step.regularization if method_step is not None else None,
         )
         learning_rate = schedule(state.step)
@@ -177,7 +177,7 @@ def train(
         is_best = False
         if validate is not None and (is_last or _is_due(state.step, settings.evaluate_every_steps)):
             measured = _validate(
-                model, validate, lambda: _make_room(make_room, optimizer, observers, state.step, "the validation")
+                model, validate, lambda: make_room_for(make_room, optimizer, observers, state.step, "the validation")
             )
             is_best = _judge(measured, state, epoch, settings, observers)
         if state.stop_reason is None and state.step < settings.num_steps and stop_requested():
@@ -273,8 +273,8 @@ def accumulate(
         torch.cuda.empty_cache()  # here, where the error no longer holds the failed step's tensors
 
 
-def _make_room(
-    make_room: Callable[[], str | None] | None,
+def make_room_for(
+    free_some: Callable[[], str | None] | None,
     optimizer: torch.optim.Optimizer,
     observers: Observers,
     step: int,
@@ -282,7 +282,7 @@ def _make_room(
 ) -> bool:
     """Whether `what` ran out of memory and can be repeated with less; says how. Drops gradients."""
     optimizer.zero_grad(set_to_none=True)
-    kept = make_room() if make_room is not None else None
+    kept = free_some() if free_some is not None else None
     if kept is None:
         return False
     observers.event(

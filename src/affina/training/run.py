@@ -19,6 +19,7 @@ from torch import nn
 
 from affina.catalog.formats import FOUR_BIT_FORMATS
 from affina.catalog.methods import method_named
+from affina.config.objectives import OBJECTIVES
 from affina.config.schema import RunConfig
 from affina.data.batches import BatchPlan, StreamState
 from affina.data.run_data import RunData
@@ -49,12 +50,13 @@ from affina.training.build import (
 from affina.training.callbacks import Callback, Observers, RunFacts, RunFiles
 from affina.training.checkpoint import CheckpointWriter, restore_optimizer, restore_state
 from affina.training.determinism import deterministic_kernels
-from affina.training.loop import BatchSource, Validation, train
+from affina.training.loop import BatchSource, Validation, make_room_for, train
 from affina.training.loss_scale import LossScale
 from affina.training.objectives import MetricSums, Objective
 from affina.training.objectives.build import build_objective
 from affina.training.optim import build_optimizer, describe_saving
 from affina.training.optimizer_state import OptimizerState
+from affina.training.probe import probe_longest
 from affina.training.signals import stop_on_signals
 from affina.training.source import PlannedBatches, StreamedBatches, validation_batches
 from affina.training.state import StopReason, TrainState
@@ -166,6 +168,8 @@ def run_training(
             first_step=state.step,
             num_samples=num_samples,
             tokens_per_step=tokens_per_step,
+            evaluate_every_steps=settings.evaluate_every_steps,
+            validation_tokens=validation_tokens,
         )
     )
     objective = build_objective(config, tokenizer, loaded)
@@ -181,6 +185,8 @@ def run_training(
             lambda message: observers.event("note", message),
         )
         with kernels, stop_on_signals() as stop:
+            if device.type == "cuda":
+                _probe_longest(config, model, source, objective, optimizer, observers)
             train(
                 model,
                 parameters,
@@ -249,6 +255,34 @@ def _enable_graphs(config: RunConfig, loaded: LoadedModel, observers: Observers)
     is_16_bit = loaded.compute_dtype in (torch.float16, torch.bfloat16)
     if engine is not None and loaded.device.type == "cuda" and is_16_bit and config.data.packing:
         engine.enable_graphs(lambda message: observers.event("note", message))
+
+
+def _probe_longest(
+    config: RunConfig,
+    model: nn.Module,
+    source: BatchSource,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    observers: Observers,
+) -> None:
+    """Try the longest micro-batch where lengths differ and are known; a CPU does not say when memory runs out."""
+    if config.data.packing or not isinstance(source, PlannedBatches):
+        return
+    if not OBJECTIVES[config.training.objective].runs_fast:
+        return  # an objective that compares samples may prepare more than one row
+    batch = source.longest(config.training.micro_batch_size)
+    what = f"the longest micro-batch, {batch.num_tokens:,} tokens, tried before the first step,"
+    engine = engine_of(model)
+    free_some = engine.make_room if engine is not None else None
+    probe_longest(
+        model,
+        batch,
+        objective,
+        optimizer,
+        optimizer_kind=config.training.optimizer,
+        accumulates=config.training.gradient_accumulation_steps > 1,
+        make_room=lambda: make_room_for(free_some, optimizer, observers, 0, what),
+    )
 
 
 def _probe_backward(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

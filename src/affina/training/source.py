@@ -43,6 +43,12 @@ class PlannedBatches:
     def step(self, step: int) -> list[Batch]:
         return [self._batch(self._store.take(indices)) for indices in self._plan.step(step)]
 
+    def longest(self, num_samples: int) -> Batch:
+        """The micro-batch that no other can be longer than: of the longest samples, which may meet in any epoch."""
+        lengths = self._store.lengths
+        order = sorted(range(len(lengths)), key=lambda index: -int(lengths[index]))
+        return self._batch(self._store.take(order[:num_samples]))
+
     def describe(self, step: int) -> str:
         return name_samples(index for row in self._plan.step(step) for index in row)
 
