@@ -37,8 +37,8 @@ and the two below are stated twice; a test compares them."""
 TILE_MULTIPLE = 128
 HEAD_CHUNK_ROWS = 512
 _SMALLEST_PART = 2048
-"""On an H200 behind a slow host a step of 2,048 tokens in parts of 512 took 1,414 ms, most of it the host's launches, which
-every part repeats. One part instead of four takes 98 MB more of Qwen3-4B, 142 MB of Qwen3-8B."""
+"""On an H200 behind a slow host a step of 2,048 tokens in parts of 512 took 1,414 ms, most of it the host's launches,
+which every part repeats. One part instead of four takes 98 MB more of Qwen3-4B, 142 MB of Qwen3-8B."""
 _PART_MULTIPLE = 128
 _PARTS_OF_A_LONG_ROW = 16
 _FOLDED_SUMS_BYTES = 8 * 1024 * 1024
