@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from affina.catalog.lowest_memory import tokens_per_part
+from affina.catalog.save_policy import Keep
 from affina.data.collate import Batch, collate
 from affina.data.samples import Sample
 from affina.models.adapters import attach_adapter
@@ -158,7 +160,10 @@ def measure(spec: dict[str, Any], setting: dict[str, Any], folder: Path, clock: 
     )
     captured = f"{len(engine.graphs.captured)} graphs" if engine.graphs is not None else "eager"
     note = f"{engine.policy.describe()}; {captured}"
-    return {**result, "note": note, "prepare_seconds": round(prepared, 1)}
+    result = {**result, "note": note, "prepare_seconds": round(prepared, 1)}
+    if Keep.PARTS in engine.policy.layers:
+        result["part_tokens"] = tokens_per_part(spec["rows"] * spec["length"])
+    return result
 
 
 if __name__ == "__main__":

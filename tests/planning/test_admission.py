@@ -96,7 +96,7 @@ def test_the_least_memory_is_proposed_before_rows_are_shortened_and_not_instead_
     which = config(**small)
     with pytest.raises(TrainingError, match="memory-too-small") as error:
         admit(which, estimated_workload(which), device(2.6))
-    assert "engine.memory: lowest: then it needs 2.33 GiB" in str(error.value)
+    assert "engine.memory: lowest: then it needs 2.42 GiB" in str(error.value)
     assert "max_length" not in str(error.value)
     limited = config(**small, engine={"memory": 2.6})
     with pytest.raises(TrainingError, match="memory-too-small") as error:

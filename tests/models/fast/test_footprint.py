@@ -92,13 +92,13 @@ def test_bytes_at_work_can_be_counted_on_paper() -> None:
     group = (3 * 8192 + 2 * 2048 + 32 * 12) // 4
     assert per_token["backward, attention"] == 31_488 + group == 38_752
     ranks = LayerRanks(qkv=48, output=16, gate_up=32, down=16)
-    part = 512 * (2 * (19_520 + 9728 + 2560)) + (8 << 20)
+    part = 2048 * (2 * (19_520 + 9728 + 2560)) + (8 << 20)
     found = bytes_at_work(QWEN3_4B, num_tokens=2048, itemsize=2, ranks=ranks)
     assert found == 2048 * per_token["backward, MLP"] + part
 
 
 @pytest.mark.parametrize(
-    ("spec", "is_tied", "gibibytes"), [(QWEN3_4B, True, 2.30), (QWEN3_8B, False, 4.76)], ids=["4B", "8B"]
+    ("spec", "is_tied", "gibibytes"), [(QWEN3_4B, True, 2.39), (QWEN3_8B, False, 4.89)], ids=["4B", "8B"]
 )
 def test_a_row_of_2048_tokens_takes_what_the_documentation_says(
     spec: DecoderSpec, is_tied: bool, gibibytes: float
@@ -124,10 +124,17 @@ def test_a_row_of_2048_tokens_takes_what_the_documentation_says(
 
 
 def test_parts_are_small_beside_long_rows_and_not_too_small() -> None:
-    assert tokens_per_part(100) == 512
-    assert tokens_per_part(2048) == 512
+    assert tokens_per_part(100) == 2048
     assert tokens_per_part(32_768) == 2048
+    assert tokens_per_part(49_152) == 3072
     assert tokens_per_part(1_000_000) == 4096
+
+
+def test_a_row_shorter_than_a_part_takes_no_more_than_its_own_tokens() -> None:
+    ranks = LayerRanks(qkv=48, output=16, gate_up=32, down=16)
+    per_token = bytes_per_token(QWEN3_4B, itemsize=2, num_extra=16, sends_attention=False)
+    found = bytes_at_work(QWEN3_4B, num_tokens=1024, itemsize=2, ranks=ranks)
+    assert found == 1024 * (per_token["backward, MLP"] + 2 * (19_520 + 9728 + 2560)) + (8 << 20)
 
 
 def test_a_longer_row_takes_more() -> None:

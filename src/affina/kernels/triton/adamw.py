@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from affina.kernels.adamw import CLIP_EPSILON, Coefficients
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
 
 STEP_BLOCK = 1024
 NORM_BLOCK = 4096
@@ -76,7 +77,9 @@ def adamw_step(
     count = parameters.numel()
     if count == 0:
         return
-    _adamw_kernel[(triton.cdiv(count, STEP_BLOCK),)](
+    launch(
+        _adamw_kernel,
+        (ceil_div(count, STEP_BLOCK),),
         parameters,
         gradients,
         first_moment,
@@ -121,19 +124,21 @@ def gradient_norm(gradients: Tensor) -> Tensor:
     count = gradients.numel()
     if count == 0:
         return norm.zero_()
-    blocks = triton.cdiv(count, NORM_BLOCK)
+    blocks = ceil_div(count, NORM_BLOCK)
     num_parts = min(blocks, MAX_PARTS)
     parts = torch.empty(num_parts, dtype=torch.float32, device=gradients.device)
-    _sum_of_squares_kernel[(num_parts,)](
+    launch(
+        _sum_of_squares_kernel,
+        (num_parts,),
         gradients,
         parts,
         count,
         NUM_PARTS=num_parts,
-        NUM_ROUNDS=triton.cdiv(blocks, num_parts),
+        NUM_ROUNDS=ceil_div(blocks, num_parts),
         B=NORM_BLOCK,
         num_warps=8,
     )
-    _root_of_sum_kernel[(1,)](parts, norm, NUM_PARTS=num_parts, B=triton.next_power_of_2(num_parts), num_warps=4)
+    launch(_root_of_sum_kernel, (1,), parts, norm, NUM_PARTS=num_parts, B=power_of_two(num_parts), num_warps=4)
     return norm
 
 
@@ -148,5 +153,7 @@ def _clip_factor_kernel(norm, factor, max_norm, loss_scale, EPSILON: tl.constexp
 def clip_factor(norm: Tensor, max_norm: float, loss_scale: float) -> Tensor:
     """[] float32 factor; arguments as in `affina.kernels.adamw.clip_factor`."""
     factor = torch.empty((), dtype=torch.float32, device=norm.device)
-    _clip_factor_kernel[(1,)](norm, factor, float(max_norm), float(loss_scale), EPSILON=CLIP_EPSILON, num_warps=1)
+    launch(
+        _clip_factor_kernel, (1,), norm, factor, float(max_norm), float(loss_scale), EPSILON=CLIP_EPSILON, num_warps=1
+    )
     return factor

@@ -66,6 +66,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
+
 WORDS_OF_AN_ENTRY: Final = 4
 """A work-list entry: the document's first row, its number of tokens (0: empty entry), the rank r, the document."""
 
@@ -193,7 +195,9 @@ def work_list(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
     num_documents = cu_seqlens.shape[0] - 1
     num_entries = num_tokens // block + min(num_documents, num_tokens)
     work = torch.empty(num_entries, WORDS_OF_AN_ENTRY, dtype=torch.int32, device=cu_seqlens.device)
-    _work_list_kernel[(triton.cdiv(num_entries, _ENTRIES_OF_A_PROGRAM),)](
+    launch(
+        _work_list_kernel,
+        (ceil_div(num_entries, _ENTRIES_OF_A_PROGRAM),),
         cu_seqlens,
         work,
         num_documents,
@@ -548,7 +552,7 @@ class _Launch:
         return self.q.shape[1] // self.k.shape[1]
 
     def padded_width(self) -> int:
-        return max(16, int(triton.next_power_of_2(self.q.shape[2])))
+        return max(16, power_of_two(self.q.shape[2]))
 
     def queries(self, tensor: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
         """[T, H, K] as the kernels read it: P heads of M / P tokens at once."""
@@ -591,18 +595,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """[T, H, K] output and [T, H] float32 log-sum-exp; `work` in blocks of `tile.tokens(R)` tokens."""
     num_tokens, num_heads, _ = q.shape
-    launch = _Launch(q, k, v, window)
+    shared = _Launch(q, k, v, window)
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    _forward_kernel[(work.shape[0] * (num_heads // tile.heads(launch.repeats)),)](
-        launch.queries(q, tile),
-        launch.keys(k, tile),
-        launch.keys(v, tile),
+    launch(
+        _forward_kernel,
+        (work.shape[0] * (num_heads // tile.heads(shared.repeats)),),
+        shared.queries(q, tile),
+        shared.keys(k, tile),
+        shared.keys(v, tile),
         output,
         lse,
         work,
         scale * _LOG2_E,
-        **launch.constants(tile),
+        **shared.constants(tile),
     )
     return output, lse
 
@@ -627,15 +633,17 @@ def backward_queries(
     work:                in blocks of `tile.tokens(R)` tokens
     key_heads:           P of the tile of `backward_keys`
     """
-    launch = _Launch(q, k, v, window)
+    shared = _Launch(q, k, v, window)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     statistics = _new_statistics(q, key_heads)
-    _grad_q_kernel[(work.shape[0] * (q.shape[1] // tile.heads(launch.repeats)),)](
-        launch.queries(q, tile),
-        launch.keys(k, tile),
-        launch.keys(v, tile),
+    launch(
+        _grad_q_kernel,
+        (work.shape[0] * (q.shape[1] // tile.heads(shared.repeats)),),
+        shared.queries(q, tile),
+        shared.keys(k, tile),
+        shared.keys(v, tile),
         output,
-        launch.queries(grad_output, tile),
+        shared.queries(grad_output, tile),
         lse,
         statistics,
         grad_q,
@@ -644,7 +652,7 @@ def backward_queries(
         scale,
         scale * _LOG2_E,
         KEY_HEADS=key_heads,
-        **launch.constants(tile),
+        **shared.constants(tile),
     )
     return grad_q, statistics
 
@@ -662,21 +670,23 @@ def backward_keys(
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
     """∂k and ∂v [T, G, K], contiguous; `work` in blocks of `tile.keys` tokens."""
-    launch = _Launch(q, k, v, window)
+    shared = _Launch(q, k, v, window)
     grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    _grad_kv_kernel[(work.shape[0] * k.shape[1],)](
-        launch.queries(q, tile),
+    launch(
+        _grad_kv_kernel,
+        (work.shape[0] * k.shape[1],),
+        shared.queries(q, tile),
         k,
         v,
-        launch.queries(grad_output, tile),
-        _described(statistics, tile) if tile.descriptors and tile.heads(launch.repeats) > 1 else statistics,
+        shared.queries(grad_output, tile),
+        _described(statistics, tile) if tile.descriptors and tile.heads(shared.repeats) > 1 else statistics,
         grad_k,
         grad_v,
         work,
         statistics.stride(0),
         scale,
         scale * _LOG2_E,
-        **launch.constants(tile),
+        **shared.constants(tile),
     )
     return grad_k, grad_v
 

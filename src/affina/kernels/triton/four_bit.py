@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch
+
 NUMBERS_PER_PROGRAM = 4096
 NUM_WARPS = 4
 LOOKUPS = ("gather", "load", "select")
@@ -152,7 +154,9 @@ def dequantize_into(
     if num_blocks == 0:
         return
     blocks_per_program = max(1, numbers_per_program // block_size)
-    _dequantize_kernel[(triton.cdiv(num_blocks, blocks_per_program),)](
+    launch(
+        _dequantize_kernel,
+        (ceil_div(num_blocks, blocks_per_program),),
         codes,
         absmax,
         nested_absmax if nested_absmax is not None else absmax,

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
 
 MAX_HELD = 32768
 """Numbers of a row that a program holds at most: 64 a thread of 16 warps."""
@@ -153,7 +154,9 @@ def quantize_rows(
     rows, columns = x.shape
     head, tail = held_pieces(columns)
     unit = codes_unit(codes)
-    _quantize_rows_kernel[(rows,)](
+    launch(
+        _quantize_rows_kernel,
+        (rows,),
         x,
         beside if beside is not None else x,
         column_factor if column_factor is not None else scale,
@@ -165,10 +168,10 @@ def quantize_rows(
         codes.stride(0) // unit,
         K=columns,
         R=beside.shape[1] if beside is not None else 0,
-        NUM_TILES=triton.cdiv(columns, head) if tail == 0 else 1,
+        NUM_TILES=ceil_div(columns, head) if tail == 0 else 1,
         HEAD=head,
         TAIL=tail,
-        BESIDE=triton.next_power_of_2(beside.shape[1]) if beside is not None and beside.shape[1] > 0 else 0,
+        BESIDE=power_of_two(beside.shape[1]) if beside is not None and beside.shape[1] > 0 else 0,
         HAS_FACTOR=column_factor is not None,
         PACKS=packs(x),
         CODES_UNIT=unit,
@@ -180,12 +183,12 @@ def quantize_rows(
 
 def held_pieces(columns: int) -> tuple[int, int]:
     """(HEAD, TAIL) for rows of so many numbers; TAIL 0: HEAD is all, or tiles of HEAD follow one another."""
-    whole = max(_MIN_PIECE, triton.next_power_of_2(columns))
+    whole = max(_MIN_PIECE, power_of_two(columns))
     if whole == columns or whole <= _MIN_PIECE:
         return min(MAX_HELD, whole), 0
     if columns > MAX_HELD:
         return MAX_HELD, 0
-    tail = max(_MIN_PIECE, triton.next_power_of_2(columns - whole // 2))
+    tail = max(_MIN_PIECE, power_of_two(columns - whole // 2))
     return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
 
 
@@ -201,7 +204,7 @@ def packs(x: Tensor) -> bool:
 
 def num_warps(held: int) -> int:
     """Warps for a row of so many numbers."""
-    return int(min(16, triton.next_power_of_2(triton.cdiv(held, ELEMENTS * _WARP))))
+    return min(16, power_of_two(ceil_div(held, ELEMENTS * _WARP)))
 
 
 @triton.jit
@@ -224,9 +227,11 @@ def _transpose_kernel(
 def transpose_codes(codes: Tensor, below: Tensor | None, transposed: Tensor) -> None:
     """Writes the transpose of `codes` [N, K] and of `below` [R, K] to `transposed` [K, N + R], all of bytes."""
     columns, rows = transposed.shape
-    grid = (triton.cdiv(columns, TRANSPOSE_TILE), triton.cdiv(rows, TRANSPOSE_TILE))
+    grid = (ceil_div(columns, TRANSPOSE_TILE), ceil_div(rows, TRANSPOSE_TILE))
     assert grid[1] < 65536, f"a grid has at most 65,535 rows of tiles, {rows} rows need {grid[1]}"
-    _transpose_kernel[grid](
+    launch(
+        _transpose_kernel,
+        grid,
         codes.view(torch.uint8),
         (below if below is not None else codes).view(torch.uint8),
         transposed.view(torch.uint8),

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
+
 MAX_TILE = 8192
 IGNORED_LABEL = -100
 
@@ -138,8 +140,10 @@ def cross_entropy_rows(
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    tile = min(MAX_TILE, max(128, triton.next_power_of_2(vocabulary)))
-    _cross_entropy_kernel[(rows,)](
+    tile = min(MAX_TILE, max(128, power_of_two(vocabulary)))
+    launch(
+        _cross_entropy_kernel,
+        (rows,),
         logits,
         bias if bias is not None else logits,
         targets,
@@ -151,7 +155,7 @@ def cross_entropy_rows(
         softcap if softcap is not None else 1.0,
         1.0 / softcap if softcap is not None else 1.0,
         logit_scale,
-        NUM_TILES=triton.cdiv(vocabulary, tile),
+        NUM_TILES=ceil_div(vocabulary, tile),
         B=tile,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,

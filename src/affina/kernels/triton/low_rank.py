@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import power_of_two
+
 MIN_BLOCK_RANK = 16
 """Matrix units multiply 16 columns of the left factor at least; a smaller rank is padded with zeros."""
 MAX_BLOCK_RANK = 64
@@ -70,7 +72,7 @@ def low_rank_product(
 
 def block_rank(rank: int) -> int:
     """Columns of t and b that one product takes."""
-    return min(MAX_BLOCK_RANK, max(MIN_BLOCK_RANK, int(triton.next_power_of_2(max(1, rank)))))
+    return min(MAX_BLOCK_RANK, max(MIN_BLOCK_RANK, power_of_two(max(1, rank))))
 
 
 def fitting_block_rank(rank: int, block_columns: int, element_bytes: int) -> int:

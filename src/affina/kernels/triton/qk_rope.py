@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
 from affina.kernels.triton.low_rank import (
     fitting_block_rank,
     load_left_factor,
@@ -638,7 +639,9 @@ def launch_forward(
     scales = lora.scales if lora is not None else (0.0, 0.0, 0.0)
     tile = _tile("forward", heads, ranks, qkv.element_size())
     num_groups = _num_groups(heads, tile, with_values=v is not None)
-    _forward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
+    launch(
+        _forward_kernel,
+        (ceil_div(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,),
         qkv,
         q,
         k,
@@ -693,7 +696,9 @@ def launch_backward(
     added_ranks = (ranks[0] if q_weight is not None else 0, ranks[1] if k_weight is not None else 0)
     tile = _tile("backward", heads, added_ranks, qkv.element_size())
     num_groups = _num_groups(heads, tile, with_values=True)
-    _backward_kernel[(triton.cdiv(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,)](
+    launch(
+        _backward_kernel,
+        (ceil_div(qkv.shape[0], tile["BLOCK_TOKENS"]) * num_groups,),
         *grads,
         qkv,
         out,
@@ -731,7 +736,7 @@ def _tile(kernel: str, heads: Heads, ranks: tuple[int, ...], element_bytes: int)
     """Launch arguments of a program; `ranks` are those of the updates that the kernel adds."""
     rank = max(ranks)
     tile = TILES[kernel, "update" if rank > 0 else "plain"]
-    block_half = max(16, triton.next_power_of_2(heads.head_dim // 2))
+    block_half = max(16, power_of_two(heads.head_dim // 2))
     block_tokens = max(_MIN_UPDATED_TOKENS if rank > 0 else 2, tile.elements // block_half)  # 2: a warp's 32 elements
     num_warps = min(tile.warps, block_tokens * block_half // _WARP)
     head_bytes = _head_bytes(kernel, block_tokens, block_half, rank, element_bytes)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from affina.kernels.fp8 import LARGEST, SMALLEST_MAXIMUM
 from affina.kernels.triton.fp8 import codes_unit, row_scale
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
 from affina.kernels.triton.low_rank import (
     fitting_block_rank,
     load_left_factor,
@@ -277,7 +278,9 @@ def launch_forward(
     assert (update is None) == (sum_out is None)
     tile, num_programs = _row_tile(x, ROW_TILES["forward" if update is None else "sum"], 1 if update is None else 2)
     unit = 1 if codes_out is None else codes_unit(codes_out.codes)
-    _forward_kernel[(num_programs,)](
+    launch(
+        _forward_kernel,
+        (num_programs,),
         x,
         x if update is None else update,
         weight,
@@ -307,8 +310,10 @@ def launch_add(x: Tensor, update: Tensor, lora: RowUpdate, out: Tensor) -> None:
     """Write x + update + scale · t Bᵀ to `out`."""
     num_rows, width = x.shape
     tile = _update_tile(lora, UPDATE_TILE)
-    num_programs = triton.cdiv(num_rows, tile["BLOCK_ROWS"]) * triton.cdiv(width, tile["BLOCK_COLUMNS"])
-    _add_kernel[(num_programs,)](
+    num_programs = ceil_div(num_rows, tile["BLOCK_ROWS"]) * ceil_div(width, tile["BLOCK_COLUMNS"])
+    launch(
+        _add_kernel,
+        (num_programs,),
         x,
         update,
         lora.t,
@@ -327,7 +332,9 @@ def launch_backward(
 ) -> None:
     """Write the gradient of x to `out`."""
     tile, num_programs = _row_tile(x, ROW_TILES["backward"], 2 if grad_residual is None else 3)
-    _backward_kernel[(num_programs,)](
+    launch(
+        _backward_kernel,
+        (num_programs,),
         grad_output,
         x,
         weight,
@@ -348,9 +355,9 @@ def launch_backward(
 def _row_tile(x: Tensor, tile: RowTile, num_inputs: int) -> tuple[dict[str, Any], int]:
     """Launch arguments of a program that holds whole rows of `num_inputs` tensors, and the number of programs."""
     num_rows, width = x.shape
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_two(width))
     rows = max(1, 2048 // block)
-    num_warps = min(16, max(2, triton.next_power_of_2(triton.cdiv(rows * width, tile.elements * _WARP))))
+    num_warps = min(16, max(2, power_of_two(ceil_div(rows * width, tile.elements * _WARP))))
     num_warps = min(num_warps, rows * block // (_WARP * _MIN_ELEMENTS_PER_THREAD))
     steps = tile.steps if num_rows >= _MIN_PROGRAMS * rows * tile.steps else 1
     row_bytes = num_inputs * rows * block * x.element_size()
@@ -362,7 +369,7 @@ def _row_tile(x: Tensor, tile: RowTile, num_inputs: int) -> tuple[dict[str, Any]
         "num_warps": num_warps,
         "num_stages": 1,
     }
-    return arguments, triton.cdiv(num_rows, rows * steps)
+    return arguments, ceil_div(num_rows, rows * steps)
 
 
 def _update_tile(lora: RowUpdate, tile: UpdateTile) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
+
 LARGEST_TILE = 4096
 
 
@@ -27,8 +29,10 @@ def _expand_rows_kernel(codes, scale, out, codes_stride, out_stride, K, B: tl.co
 def expand_rows(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """Launches the kernel; arguments as in `affina.kernels.row_scaled.expand_rows`."""
     rows, columns = codes.shape
-    tile = min(LARGEST_TILE, max(128, triton.next_power_of_2(columns)))
-    _expand_rows_kernel[(rows, triton.cdiv(columns, tile))](
+    tile = min(LARGEST_TILE, max(128, power_of_two(columns)))
+    launch(
+        _expand_rows_kernel,
+        (rows, ceil_div(columns, tile)),
         codes,
         scale,
         out,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch, power_of_two
 from affina.kernels.triton.low_rank import row_stride
 from affina.kernels.triton.swiglu_low_rank import approximates, sigmoid
 
@@ -90,7 +91,9 @@ def _backward_kernel(
 def launch_forward(gate_up: Tensor, out: Tensor) -> None:
     """Write silu(gate) · up to `out`."""
     tile, num_programs = _tile(out)
-    _forward_kernel[(num_programs,)](
+    launch(
+        _forward_kernel,
+        (num_programs,),
         gate_up,
         out,
         out.shape[0],
@@ -104,7 +107,9 @@ def launch_forward(gate_up: Tensor, out: Tensor) -> None:
 def launch_backward(grad_output: Tensor, gate_up: Tensor, out: Tensor, activation_out: Tensor | None) -> None:
     """Write the gradients of gate and up to `out`, and silu(gate) · up to `activation_out` if it is given."""
     tile, num_programs = _tile(grad_output)
-    _backward_kernel[(num_programs,)](
+    launch(
+        _backward_kernel,
+        (num_programs,),
         grad_output,
         gate_up,
         out,
@@ -123,9 +128,9 @@ def launch_backward(grad_output: Tensor, gate_up: Tensor, out: Tensor, activatio
 def _tile(activation: Tensor) -> tuple[dict[str, int], int]:
     """The tile's launch arguments, and how many tiles cover [M, I]."""
     num_rows, width = activation.shape
-    block_columns = min(_TILE_ELEMENTS, triton.next_power_of_2(width))
+    block_columns = min(_TILE_ELEMENTS, power_of_two(width))
     block_rows = _TILE_ELEMENTS // block_columns
     assert _TILE_ELEMENTS >= _NUM_WARPS * _WARP * _ELEMENTS_PER_THREAD
-    num_programs = triton.cdiv(num_rows, block_rows) * triton.cdiv(width, block_columns)
+    num_programs = ceil_div(num_rows, block_rows) * ceil_div(width, block_columns)
     tile = {"WIDTH": width, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "num_warps": _NUM_WARPS}
     return tile, num_programs

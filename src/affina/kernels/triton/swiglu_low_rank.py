@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affina.kernels.triton.launch import ceil_div, launch
 from affina.kernels.triton.low_rank import block_rank, must_widen, row_stride
 
 if TYPE_CHECKING:
@@ -391,7 +392,9 @@ def launch_forward(gate_up: Tensor, lora: GateUpUpdate, out: Tensor) -> None:
     tile = tile_for("forward", lora.ranks, gate_up.dtype)
     pointers, strides, constants = _update_arguments(gate_up, lora)
     grid, loop, shape = _grid(out, tile)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel,
+        grid,
         gate_up,
         out,
         *pointers,
@@ -415,10 +418,12 @@ def launch_backward(
     constants |= {"RANK_DOWN": rank_down, "BLOCK_RANK_DOWN": block_rank(rank_down)}
     grid, loop, shape = _grid(grad_output, tile)
     width = grad_output.shape[1]
-    num_chunks = grid[0] // triton.cdiv(width, tile.columns)
+    num_chunks = grid[0] // ceil_div(width, tile.columns)
     workspace = torch.empty(num_chunks * width * sum(gradients.ranks), dtype=torch.float32, device=gate_up.device)
     u_down = gradients.u_down
-    _backward_kernel[grid](
+    launch(
+        _backward_kernel,
+        grid,
         grad_output,
         gate_up,
         out,
@@ -448,7 +453,9 @@ def _launch_reduction(
     constants: dict[str, Any],
 ) -> None:
     outputs = (gradients.b_gate, gradients.b_up, gradients.a_down)
-    _reduce_kernel[(triton.cdiv(width, _REDUCED_COLUMNS), 3)](
+    launch(
+        _reduce_kernel,
+        (ceil_div(width, _REDUCED_COLUMNS), 3),
         workspace,
         *(workspace if out is None else out for out in outputs),
         num_chunks,
@@ -466,8 +473,8 @@ def _launch_reduction(
 def _grid(rows: Tensor, tile: Tile) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
     """The number of programs; rows, and blocks of rows in a chunk; and the tile's launch arguments."""
     num_rows, width = rows.shape
-    num_row_blocks = triton.cdiv(num_rows, tile.rows)
-    num_column_blocks = triton.cdiv(width, tile.columns)
+    num_row_blocks = ceil_div(num_rows, tile.rows)
+    num_column_blocks = ceil_div(width, tile.columns)
     blocks = _blocks_per_chunk(num_row_blocks, num_column_blocks, _num_programs(rows.device, tile))
     shape = {
         "BLOCK_ROWS": tile.rows,
@@ -477,7 +484,7 @@ def _grid(rows: Tensor, tile: Tile) -> tuple[tuple[int], tuple[int, int], dict[s
     }
     if tile.max_registers is not None:
         shape["maxnreg"] = tile.max_registers
-    return (num_column_blocks * triton.cdiv(num_row_blocks, blocks),), (num_rows, blocks), shape
+    return (num_column_blocks * ceil_div(num_row_blocks, blocks),), (num_rows, blocks), shape
 
 
 @lru_cache(maxsize=256)
@@ -489,10 +496,10 @@ def _blocks_per_chunk(num_row_blocks: int, num_column_blocks: int, num_programs:
     """
 
     def cost(blocks: int) -> int:
-        rounds = triton.cdiv(num_column_blocks * triton.cdiv(num_row_blocks, blocks), num_programs)
-        return int(rounds * (blocks + 1))
+        rounds = ceil_div(num_column_blocks * ceil_div(num_row_blocks, blocks), num_programs)
+        return rounds * (blocks + 1)
 
-    choices = {int(triton.cdiv(num_row_blocks, num_chunks)) for num_chunks in range(1, _MAX_CHUNKS + 1)}
+    choices = {ceil_div(num_row_blocks, num_chunks) for num_chunks in range(1, _MAX_CHUNKS + 1)}
     return min(sorted(choices), key=cost)
 
 

@@ -307,7 +307,7 @@ class DecoderLayer:
         for part in row.parts():
             update[part], _, _, t = self.mlp(h.part(part), row)
             ts.append(t)
-        return update, torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
+        return update, joined(ts)
 
     # Backward
 
@@ -483,6 +483,12 @@ class RopeOptions(TypedDict):
     q_weight: Tensor | None
     k_weight: Tensor | None
     epsilon: float
+
+
+def joined(ts: list[Tensor | None]) -> Tensor | None:
+    """t [M, R] of parts, one below the other."""
+    present = [t for t in ts if t is not None]
+    return torch.cat(present) if len(present) > 1 else next(iter(present), None)
 
 
 def _kept(saved: Saved, keep: Keep, *, keeps_attention: bool) -> Saved:

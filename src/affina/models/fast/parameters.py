@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -52,15 +52,24 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class FlatPart:
-    """Elements of a flat buffer from `start` on, on the computing device: of the adapter, or of its gradient."""
+    """Elements of a flat buffer from `start` on, on the computing device: of the adapter, or of its gradient.
+
+    Views are made once: every layer asks for each matrix several times a pass, and where operations are launched one by
+    one, it is the host that a step waits for.
+    """
 
     values: Tensor
     start: int = 0
+    _views: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def matrix(self, offset: int, rows: int, columns: int) -> Tensor:
         """[rows, columns] view of what begins at element `offset` of the flat buffer."""
-        begin = offset - self.start
-        return self.values[begin : begin + rows * columns].view(rows, columns)
+        view = self._views.get((offset, rows, columns))
+        if view is None:
+            begin = offset - self.start
+            view = self.values[begin : begin + rows * columns].view(rows, columns)
+            self._views[offset, rows, columns] = view
+        return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +108,11 @@ class FlatAdapter:
     compute_dtype: type in which the computation sees the matrices
     on_host:       keep the buffer in the host's memory
 
-    parameter:  [P] float32, what the optimiser trains, padding included
-    layout:     PEFT's parameters with the places where they begin
-    root_scale: √s; the gradient of the loss is multiplied by it before the backward pass
-    device:     that computes
+    parameter:   [P] float32, what the optimiser trains, padding included
+    layout:      PEFT's parameters with the places where they begin
+    num_padding: elements between the matrices; always zero, gradients too
+    root_scale:  √s; the gradient of the loss is multiplied by it before the backward pass
+    device:      that computes
     """
 
     def __init__(
@@ -129,14 +139,14 @@ class FlatAdapter:
             view.copy_(source.data)
             source.data = view
         self.layout: dict[nn.Parameter, int] = dict(moves)
+        self.num_padding = offset - sum(source.numel() for source in self.layout)
         self._shadow = None if on_host else torch.empty_like(self.parameter.data, dtype=compute_dtype)
         largest = max(stop - start for start, stop in pairwise(self._bounds))
         self._stage = _Stage(largest, compute_dtype, self.device) if on_host else None
-
-    @property
-    def num_padding(self) -> int:
-        """Elements between the matrices; always zero, gradients too."""
-        return self.parameter.numel() - sum(source.numel() for source in self.layout)
+        # What stays where it is from step to step keeps its views.
+        self._computed = None if self._shadow is None or compute_dtype == torch.float32 else FlatPart(self._shadow)
+        self._staged: dict[tuple[int, int], FlatPart] = {}
+        self._staged_gradients: dict[int, FlatPart] = {}
 
     @property
     def is_on_host(self) -> bool:
@@ -147,9 +157,10 @@ class FlatAdapter:
         times `root_scale`. Nothing on the host's side: there every layer has its own (`layer`)."""
         if self._shadow is None:
             return FlatPart(self.parameter.data[:0])
-        if self._shadow.dtype == torch.float32:
+        if self._computed is None:
             return FlatPart(self.parameter.data)
-        return FlatPart(torch.mul(self.parameter.data, self.root_scale, out=self._shadow))
+        torch.mul(self.parameter.data, self.root_scale, out=self._shadow)
+        return self._computed
 
     def layer(self, index: int, computed: FlatPart) -> FlatPart:
         """The parameters of layer `index`, of `computed` or fetched from the host; valid until the layer after next is
@@ -157,7 +168,11 @@ class FlatAdapter:
         if self._stage is None:
             return computed
         start, stop = self._bounds[index : index + 2]
-        return FlatPart(self._stage.fetch(self.parameter.data[start:stop], self.root_scale), start)
+        values = self._stage.fetch(self.parameter.data[start:stop], self.root_scale)
+        place = index, values.data_ptr()
+        if place not in self._staged:
+            self._staged[place] = FlatPart(values, start)
+        return self._staged[place]
 
     def new_gradient(self) -> Tensor:
         """[P] float32 for gradients, where the parameter is: zero where no matrix lies, undefined elsewhere."""
@@ -170,8 +185,12 @@ class FlatAdapter:
         if self._stage is None:
             return FlatPart(gradient)
         start, stop = self._bounds[index : index + 2]
-        part = self._stage.gradient[: stop - start]
-        return FlatPart(part.zero_() if self.num_padding else part, start)
+        if index not in self._staged_gradients:
+            self._staged_gradients[index] = FlatPart(self._stage.gradient[: stop - start], start)
+        part = self._staged_gradients[index]
+        if self.num_padding:
+            part.values.zero_()
+        return part
 
     def store_gradient(self, part: FlatPart, gradient: Tensor) -> None:
         """Bring a layer's gradient to its place in `gradient`, if it is not there already."""

@@ -27,7 +27,7 @@ from affina.catalog.lowest_memory import num_head_groups
 from affina.kernels.attention import AttentionResult, attention, attention_backward
 from affina.kernels.qk_rope import qk_rope, qk_rope_backward
 from affina.kernels.rms_norm import add_rows
-from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved
+from affina.models.fast.layer import DecoderLayer, Pending, RowContext, Saved, joined
 from affina.models.fast.linear import Operand
 from affina.models.fast.parameters import FlatPart
 
@@ -50,7 +50,7 @@ def forward(layer: DecoderLayer, before: Pending, row: RowContext, *, keeps_atte
         update, _, _, t = layer.mlp(h, row)
         add_rows(x2, update, lora=layer.row_update(layer.down, t, row), out=x3[part])
         ts.append(t)
-    t_down = torch.cat([t for t in ts if t is not None]) if ts[0] is not None else None
+    t_down = joined(ts)
     return Pending(x3), Saved(saved.x, t_down=t_down, attended=attended if keeps_attention else None)
 
 
@@ -87,18 +87,26 @@ def backward(
 def _rotated(layer: DecoderLayer, h: Operand, row: RowContext) -> Heads:
     """h₁ → q, k, v, norm and rotation done."""
     spec, values = layer.spec, h.values
+    if values.shape[0] <= row.part_tokens:
+        return _rotated_part(layer, h, slice(None), row)
     q = values.new_empty(values.shape[0], spec.num_heads, spec.head_dim)
     k, v = (values.new_empty(values.shape[0], spec.num_kv_heads, spec.head_dim) for _ in range(2))
     for part in row.parts():
-        qkv, t = layer.qkv.forward(h.part(part), row.flat, is_wide=True, folds=layer.folds)
-        products = qkv[:, : layer.qkv.num_outputs]
-        cos, sin, update = row.cos[part], row.sin[part], layer.qkv_update(t, row)
-        if update is None:
-            q[part], k[part] = qk_rope(products, cos, sin, **layer.rope_options())
-            v[part] = products[:, spec.query_size + spec.key_value_size :].view(v[part].shape)
-        else:
-            q[part], k[part], v[part] = qk_rope(products, cos, sin, **layer.rope_options(), lora=update)
+        q[part], k[part], v[part] = _rotated_part(layer, h.part(part), part, row)
     return q, k, v
+
+
+def _rotated_part(layer: DecoderLayer, h: Operand, part: slice, row: RowContext) -> Heads:
+    """h₁ of some tokens → their q, k, v."""
+    qkv, t = layer.qkv.forward(h, row.flat, is_wide=True, folds=layer.folds)
+    products = qkv[:, : layer.qkv.num_outputs]
+    cos, sin, update = row.cos[part], row.sin[part], layer.qkv_update(t, row)
+    if update is not None:
+        return qk_rope(products, cos, sin, **layer.rope_options(), lora=update)
+    q, k = qk_rope(products, cos, sin, **layer.rope_options())
+    values = products[:, layer.spec.query_size + layer.spec.key_value_size :]
+    # Copied, so that the products need not be kept for them.
+    return q, k, values.contiguous().view(-1, layer.spec.num_kv_heads, layer.spec.head_dim)
 
 
 def _attention_added(

@@ -130,14 +130,11 @@ class ExpandedStack:
         self.num_extra = num_extra
         self._layers = tuple(layers)
         self._rows = [layer.out_features for layer in layers]
+        self.shape = sum(self._rows), layers[0].in_features
         self._workspace = workspace
         self._splits = splits and len(layers) > 1
         at_once = max(*self._rows[:-1], self._rows[-1] + num_extra) if self._splits else sum(self._rows) + num_extra
         workspace.reserve(at_once * layers[0].in_features)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(self._rows), self._layers[0].in_features
 
     def forward(self, x: Tensor, *, quantized: QuantizedRows | None = None, out: Tensor | None = None) -> Tensor:
         assert quantized is None, "16-bit weights take 16-bit rows"
@@ -176,7 +173,8 @@ class ExpandedStack:
 
     @staticmethod
     def _write(layers: Sequence[QuantizedLinear], out: Tensor) -> Tensor:
-        for layer, part in zip(layers, torch.split(out, [layer.out_features for layer in layers]), strict=True):
+        parts = torch.split(out, [layer.out_features for layer in layers]) if len(layers) > 1 else (out,)
+        for layer, part in zip(layers, parts, strict=True):
             if layer.keeps_dense_weight:
                 part.copy_(layer.dense_weight(out.dtype))
             else:
