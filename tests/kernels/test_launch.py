@@ -237,6 +237,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_FOLLOWS_RULES", True)
     for kernel in (four_bit._dequantize_kernel, rms_norm._forward_kernel, rms_norm._backward_kernel):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     return found
@@ -277,3 +278,9 @@ def test_host_arithmetic_is_tritons() -> None:
     for count in [*range(1, 70), 2560, 4096, 151_936]:
         assert launch.power_of_two(count) == triton.next_power_of_2(count)
         assert launch.ceil_div(count, 32) == triton.cdiv(count, 32)
+
+
+def test_direct_launches_are_for_whoever_asks() -> None:
+    asked = os.environ.get("AFFINA_DIRECT_LAUNCH") == "1"
+    assert asked == launch.IS_WANTED
+    assert not launch._FOLLOWS_RULES or asked
