@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from affina.export.merge import MergeReport
     from affina.export.quantize import QuantizeReport
     from affina.models.build import LoadedModel
+    from affina.planning.admission import Device
     from affina.planning.forecast import Forecast
     from affina.planning.plan import CardPlan
     from affina.planning.recommend import Recommendation
@@ -216,8 +217,13 @@ def train(
             _check_model(settings)
             tokenizer, data = _tokenizer_and_data(settings, before.get("template"))
             _record_data(run, data, is_resumed=bool(resume))
+            announcements = _announcements(resolved, checkpoint) if resume else []
+            if checkpoint is not None:
+                settings = _as_cut(settings, run)
+            else:
+                settings, sentences = _cut_to_fit(settings, run, data)
+                announcements += sentences
             planned = _admit(settings, run, data)
-            announcements = _announcements(resolved, checkpoint) if resume else ()
             loaded, outcome = _train_model(
                 settings, run, data, tokenizer, checkpoint, (first_step, *callbacks), announcements
             )
@@ -321,23 +327,59 @@ def _check_model(settings: RunConfig) -> None:
 
 def _admit(settings: RunConfig, run: RunDirectory, data: RunData) -> CardPlan | None:
     """The plan of the run, kept in its manifest. Raises TrainingError `memory-too-small` before weights are loaded."""
-    from affina.models.device import device_memory
-    from affina.planning.admission import Device, admit, planned_record
-    from affina.planning.workload import estimated_workload, measured_workload
+    from affina.planning.admission import admit, planned_record
 
-    workload = (
-        estimated_workload(settings)
-        if data.train is None
-        else measured_workload(
-            settings, data.train.lengths, data.train.num_supervised, num_validation=len(data.validation)
-        )
-    )
-    memory = device_memory(settings.training.device)
-    device = Device(memory.name, memory.capability, memory.total_bytes, memory.free_bytes, memory.is_capped)
-    plan = admit(settings, workload, device)
+    plan = admit(settings, _workload(settings, data), _device(settings))
     if plan is not None:
         run.update_manifest({"plan": planned_record(plan)})
     return plan
+
+
+def _cut_to_fit(settings: RunConfig, run: RunDirectory, data: RunData) -> tuple[RunConfig, list[tuple[str, str]]]:
+    """The settings with micro-batches that fit, where the device holds none as large as the config says; what to say.
+
+    config.yaml stays what the user has written. The cut is in the manifest, for whoever continues the run.
+    """
+    from affina.planning.admission import cut_to_fit
+
+    changes = cut_to_fit(settings, _workload(settings, data), _device(settings))
+    if changes or run.read_manifest().get("cut"):  # of an attempt that ended before its first checkpoint
+        run.update_manifest({"cut": {change.path: change.value for change in changes}})
+    if not changes:
+        return settings, []
+    cut = _as_cut(settings, run)
+    before, now = settings.training, cut.training
+    sentence = (
+        f"a micro-batch of {before.micro_batch_size} rows does not fit into the device's memory: the rows of a step "
+        f"are {now.gradient_accumulation_steps} × {now.micro_batch_size} instead of "
+        f"{before.gradient_accumulation_steps} × {before.micro_batch_size}"
+    )
+    return cut, [("micro-batch-cut", sentence)]
+
+
+def _as_cut(settings: RunConfig, run: RunDirectory) -> RunConfig:
+    """The settings with the micro-batches that a run was cut to when it began."""
+    for path, value in (run.read_manifest().get("cut") or {}).items():
+        settings = with_value(settings, path, value)
+    return settings
+
+
+def _workload(settings: RunConfig, data: RunData) -> Workload:
+    from affina.planning.workload import estimated_workload, measured_workload
+
+    if data.train is None:
+        return estimated_workload(settings)
+    return measured_workload(
+        settings, data.train.lengths, data.train.num_supervised, num_validation=len(data.validation)
+    )
+
+
+def _device(settings: RunConfig) -> Device:
+    from affina.models.device import device_memory
+    from affina.planning.admission import Device
+
+    memory = device_memory(settings.training.device)
+    return Device(memory.name, memory.capability, memory.total_bytes, memory.free_bytes, memory.is_capped)
 
 
 def _record_measured(run: RunDirectory, plan: CardPlan, loaded: LoadedModel, outcome: TrainingOutcome) -> None:
@@ -399,7 +441,7 @@ def evaluate(
     from affina.models.build import load_for_inference
 
     resolved = _run_config(directory)
-    settings = resolved.config
+    settings = _as_cut(resolved.config, directory)
     _require_writer(directory, settings, "compared with its base by replies")
     changes = {"max_records": max_records, "max_generations": max_generations}
     given = {key: value for key, value in changes.items() if value is not None}

@@ -11,11 +11,14 @@ import pytest
 
 import affina
 from affina.catalog.model_files import find_config
+from affina.catalog.shapes import ModelShape
 from affina.config import load_mapping
 from affina.config.schema import RunConfig
 from affina.errors import TrainingError
-from affina.planning.admission import Device, admit, measured_record, planned_record
+from affina.planning.admission import Device, admit, cut_to_fit, measured_record, planned_record
+from affina.planning.build import model_config, shape_of
 from affina.planning.coefficients import coefficients_for
+from affina.planning.fit import apply, memory_of
 from affina.planning.workload import estimated_workload
 
 GIB = 2**30
@@ -23,6 +26,11 @@ GIB = 2**30
 
 def config(**sections: Any) -> RunConfig:
     return load_mapping({"extends": "premium", "data": {"train": "affina/support"}, **sections}).config
+
+
+def plan_shape(which: RunConfig) -> ModelShape:
+    raw, folder = model_config(which)
+    return shape_of(which, raw, folder)
 
 
 def device(free_gib: float, name: str = "NVIDIA H100 80GB HBM3") -> Device:
@@ -47,6 +55,36 @@ def test_a_run_that_cannot_fit_is_refused_with_the_smallest_change() -> None:
     assert "free are 11.00" in str(error.value)
     assert "training.micro_batch_size" in str(error.value)
     assert "then it needs" in str(error.value)
+
+
+def test_with_automatic_memory_a_step_is_cut_into_smaller_micro_batches_and_into_nothing_else() -> None:
+    which = config(training={"micro_batch_size": 8, "gradient_accumulation_steps": 2})
+    small = device(12.0)
+    with pytest.raises(TrainingError, match="memory-too-small"):
+        admit(which, estimated_workload(which), small)
+    changes = cut_to_fit(which, estimated_workload(which), small)
+    assert [change.path for change in changes] == [
+        "training.micro_batch_size",
+        "training.gradient_accumulation_steps",
+    ]
+    assert changes[0].value * changes[1].value == 16
+    cut = apply(which, changes)
+    plan = admit(cut, estimated_workload(cut), small)
+    assert plan is not None
+    assert plan.fits
+    size, count = (change.value for change in changes)
+    larger = apply(which, (replace(changes[0], value=2 * size), replace(changes[1], value=count // 2)))
+    assert not memory_of(larger, plan_shape(larger), small.card(), estimated_workload(larger)).fits
+
+
+@pytest.mark.parametrize(
+    ("sections", "free_gib"),
+    [({}, 78), ({"engine": {"memory": 9.0}}, 78), ({}, 1.0)],
+    ids=["it fits", "the limit is the user's own", "nothing helps"],
+)
+def test_otherwise_nothing_is_cut(sections: dict[str, Any], free_gib: float) -> None:
+    which = config(training={"micro_batch_size": 8, "gradient_accumulation_steps": 2}, **sections)
+    assert cut_to_fit(which, estimated_workload(which), device(free_gib)) == ()
 
 
 def test_a_limit_of_the_users_own_refuses_too_and_is_named() -> None:

@@ -52,6 +52,13 @@ def test_quantised_bases_are_refused_with_the_way_to_plan_them() -> None:
     assert "quantization.format=none" in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["full", "loha", "boft", "prompt"])
+def test_a_method_that_asks_for_values_is_refused_with_the_way_to_plan_it(method: str) -> None:
+    with pytest.raises(ModelError, match=r"error\[trace-unsupported\]: a step of .* cannot be traced") as error:
+        trace_config(Qwen3Config(**SMALL), TraceSettings((32,), method=method))
+    assert "plan without --trace" in str(error.value)
+
+
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3-4b": (Qwen3Config, {"head_dim": 128}),
     "qwen3, small": (

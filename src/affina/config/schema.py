@@ -455,7 +455,8 @@ class EngineConfig(Section):
     memory: Literal["auto", "lowest"] | Annotated[float, Field(gt=0)] = Field(
         default="auto",
         description="GiB of device memory that the fast engine may use; it keeps as many activations as fit and "
-        "recomputes the rest. auto: what is free. Lower it to leave room for other programs. lowest: as little as can "
+        "recomputes the rest. auto: what is free; a micro-batch that does not fit is cut, at the same "
+        "effective batch. Lower it to leave room for other programs. lowest: as little as can "
         "be, and slower: embedding and head in 8 bits on either engine; on the fast one all layers recomputed, and the "
         "adapter with its gradients and optimiser state in main memory.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class LoadedModel:
     compute_dtype:  type of the forward and backward pass; adapters are float32 in any case
     num_parameters: of base and adapter together, counted as if nothing were quantised
     notes:          sentences for the user: a chosen precision, a layout, recomputation
+    recompute:      makes the reference engine recompute activations from now on, where that is left to affina and not
+                    done yet; None where a step could not need less
     """
 
     model: nn.Module
@@ -86,6 +89,7 @@ class LoadedModel:
     precision_name: str
     num_parameters: int
     notes: tuple[str, ...]
+    recompute: Callable[[], None] | None = None
 
 
 def check_before_data(config: RunConfig) -> None:
@@ -144,10 +148,14 @@ def load_for_training(config: RunConfig) -> LoadedModel:
     isolation = isolation_of(model)
     if config.data.packing and isolation.layout == "rows":
         notes.append(isolation.reason)
-    if not _attach_engine(model, config, notes) and _wants_checkpointing(config, base, model, device):
-        enable_recomputation(base)
-        notes.append("activations are recomputed in the backward pass (training.gradient_checkpointing)")
-    return _describe(model, base, identity, config, device, notes)
+    recompute = None
+    if not _attach_engine(model, config, notes):
+        if _wants_checkpointing(config, base, model, device):
+            enable_recomputation(base)
+            notes.append("activations are recomputed in the backward pass (training.gradient_checkpointing)")
+        elif config.training.gradient_checkpointing == "auto" and base.supports_gradient_checkpointing:
+            recompute = partial(enable_recomputation, base)
+    return _describe(model, base, identity, config, device, notes, recompute)
 
 
 def _adapter_options(config: RunConfig) -> dict[str, Any]:
@@ -235,6 +243,7 @@ def _describe(
     config: RunConfig,
     device: torch.device,
     notes: list[str],
+    recompute: Callable[[], None] | None = None,
 ) -> LoadedModel:
     dtype = compute_dtype_of(model)
     identity = {
@@ -252,6 +261,7 @@ def _describe(
         precision_name=_precision_name(base, dtype),
         num_parameters=count_parameters(model),
         notes=tuple(notes),
+        recompute=recompute,
     )
 
 

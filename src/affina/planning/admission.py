@@ -8,11 +8,12 @@ from typing import Any
 
 from affina.catalog.gpus import Gpu, gpus
 from affina.catalog.methods import method_named
+from affina.catalog.shapes import ModelShape
 from affina.config.schema import RunConfig
 from affina.errors import ModelError, TrainingError
 from affina.planning.build import model_config, shape_of, why_unplanned
 from affina.planning.coefficients import coefficients_for, learn, shipped_coefficients
-from affina.planning.fit import Change, apply, memory_of, smallest_changes, workload_after
+from affina.planning.fit import Change, apply, memory_of, smaller_cut, smallest_changes, workload_after
 from affina.planning.forecast import card_as
 from affina.planning.memory import BESIDE_TENSORS, MemoryPlan
 from affina.planning.plan import CardPlan, plan_card
@@ -53,6 +54,39 @@ def admit(config: RunConfig, workload: Workload, device: Device) -> CardPlan | N
     Raises TrainingError `memory-too-small` when tensors alone take more than is free, with the smallest change of the
     settings with which they would not. A plan whose slack is not covered is let through: the engine recovers.
     """
+    judged = _judge(config, workload, device)
+    if judged is None:
+        return None
+    if judged.excess_of is not None:
+        shape, card = judged.shape, device.card()
+        changes = smallest_changes(config, shape, card, workload, may_quantize=True)
+        needed = _needed(config, shape, card, workload, changes)
+        raise _refusal(config, judged.plan.memory, changes, needed, judged.excess_of, device)
+    return judged.plan
+
+
+def cut_to_fit(config: RunConfig, workload: Workload, device: Device) -> tuple[Change, ...]:
+    """With `engine.memory: auto`, what makes a run fit that would be refused, and changes nothing that is learned: a
+    smaller micro-batch with as many more of them to a step. Empty where nothing of it is needed, or helps."""
+    if config.engine.memory != "auto":
+        return ()
+    judged = _judge(config, workload, device)
+    if judged is None or judged.excess_of is None:
+        return ()
+    return smaller_cut(config, judged.shape, device.card(), workload)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A plan on the device that is there. excess_of: the bytes that are too few for it; None: it is let in"""
+
+    shape: ModelShape
+    plan: CardPlan
+    excess_of: int | None
+
+
+def _judge(config: RunConfig, workload: Workload, device: Device) -> _Judged | None:
+    """None for what is tried without a plan."""
     if why_unplanned(config) is not None:
         return None
     raw, folder = model_config(config)
@@ -61,15 +95,11 @@ def admit(config: RunConfig, workload: Workload, device: Device) -> CardPlan | N
     except ModelError as error:
         if error.code != "config-incomplete":
             raise
-        return None  # a model of another kind is tried, not refused
-    card = device.card()
-    plan = plan_card(config, shape, card, workload, (), with_changes=False)
+        return None  # a model of another kind
+    plan = plan_card(config, shape, device.card(), workload, (), with_changes=False)
     limit = _limit_bytes(config, device)
-    if limit is not None and shape.is_exact and plan.certain_bytes > limit:
-        changes = smallest_changes(config, shape, card, workload, may_quantize=True)
-        needed = _needed(config, shape, card, workload, changes)
-        raise _refusal(config, plan.memory, changes, needed, limit, device)
-    return plan
+    is_refused = limit is not None and shape.is_exact and plan.certain_bytes > limit
+    return _Judged(shape, plan, limit if is_refused else None)
 
 
 def _limit_bytes(config: RunConfig, device: Device) -> int | None:

@@ -62,6 +62,15 @@ def smallest_changes(
     return ()
 
 
+def smaller_cut(config: RunConfig, shape: ModelShape, gpu: Gpu | None, workload: Workload) -> tuple[Change, ...]:
+    """The largest micro-batch, accumulated to the same effective batch, with which the run fits; empty: none does."""
+    for cut in _smaller_micro_batches(config):
+        changed = apply(config, cut)
+        if memory_of(changed, shape, gpu, workload_after(changed, config, workload)).fits:
+            return cut
+    return ()
+
+
 def workload_after(changed: RunConfig, config: RunConfig, workload: Workload) -> Workload:
     """The row's documents after micro-batch or length have changed: as many of each as fit."""
     if changed.training.micro_batch_size == config.training.micro_batch_size and (

@@ -239,20 +239,18 @@ def _trace(config: RunConfig, plan: Plan) -> TraceResult:
     rest = plan.row_tokens - sum(lengths)
     recompute = config.training.gradient_checkpointing
     wants = recompute if isinstance(recompute, bool) else plan.cards[0].memory.recomputes
-    traced = trace_config(
-        AutoConfig.from_pretrained(folder),
-        TraceSettings(
-            lengths=(*lengths, rest) if rest > 0 else lengths,
-            dtype=dtypes[precision_of(config, plan.cards[0].gpu)],
-            rank=config.adapter.rank,
-            targets=config.adapter.targets,
-            dropout=config.adapter.dropout,
-            method=config.adapter.method,
-            options=dict(adapter_of(config).others),
-            recompute=wants,
-            optimizer=OptimizerOptions("adamw"),
-        ),
+    settings = TraceSettings(
+        lengths=(*lengths, rest) if rest > 0 else lengths,
+        dtype=dtypes[precision_of(config, plan.cards[0].gpu)],
+        rank=config.adapter.rank,
+        targets=config.adapter.targets,
+        dropout=config.adapter.dropout,
+        method=config.adapter.method,
+        options=dict(adapter_of(config).others),
+        recompute=wants,
+        optimizer=OptimizerOptions("adamw"),
     )
+    traced = trace_config(AutoConfig.from_pretrained(folder), settings)
     format = plan.cards[0].format
     return TraceResult(
         traced.static_bytes,

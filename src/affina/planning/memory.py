@@ -146,10 +146,10 @@ def _fused_plan(setup: StepSetup, static: dict[str, int], coefficients: Coeffici
     head = min(working, step.peaks.head - step.peaks.resident if choice.is_captured else 0)
     evaluation = step.peaks.forward if in_parts else evaluation_peak(row)
     evaluation += step.peaks.captured + gradient if choice.is_captured else 0
-    generation = 0  # it computes with PEFT's matrices, and captured rows give their memory back before it
     host = offloaded_bytes(row, choice.policy)
-    if adapter_on_host(setup):
-        generation += setup.num_trainable * 4 - static["adapter"]
+    generation = 0  # captured rows give their memory back before it
+    if adapter_on_host(setup):  # and it computes with PEFT's matrices
+        generation = setup.num_trainable * 4 - static["adapter"]
         host += host_adapter_bytes(setup)
     parts = [
         Component("gradients", gradient, "float32, of the adapter"),

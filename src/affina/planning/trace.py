@@ -79,12 +79,26 @@ def trace_folder(folder: Path, settings: TraceSettings) -> Trace:
 
 
 def trace_config(config: PretrainedConfig, settings: TraceSettings) -> Trace:
-    """One training step of a model on fake tensors. Seconds for billions of parameters, on any machine."""
+    """One training step of a model on fake tensors. Seconds for billions of parameters, on any machine.
+
+    Raises ModelError: trace-quantised, trace-unsupported for an adapter method whose step asks for tensors' values.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.device("meta"):
-        model = build_model(config, settings)
-    become_fake(model, mode)
-    return run_step(model, settings, mode)
+    method = method_named(settings.method)
+    try:
+        with torch.device("meta"):
+            model = build_model(config, settings)
+        become_fake(model, mode)
+        return run_step(model, settings, mode)
+    except (NotImplementedError, RuntimeError) as error:  # what torch raises where a fake tensor is asked for numbers
+        if method.fast_engine:
+            raise
+        raise ModelError(
+            "trace-unsupported",
+            f"a step of {method.title} cannot be traced",
+            why=f"it asks for values, and a trace has none ({str(error).splitlines()[0]})",
+            fix="plan without --trace: the closed form counts this method too",
+        ) from error
 
 
 def build_model(config: PretrainedConfig, settings: TraceSettings) -> nn.Module:

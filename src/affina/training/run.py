@@ -178,6 +178,7 @@ def run_training(
     if checkpoint is not None and loss_scale.enabled:
         loss_scale.scale, loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
     _enable_graphs(config, loaded, observers)
+    make_room = room_of(loaded)
     try:
         kernels = deterministic_kernels(
             config.training.deterministic,
@@ -186,7 +187,7 @@ def run_training(
         )
         with kernels, stop_on_signals() as stop:
             if device.type == "cuda":
-                _probe_longest(config, model, source, objective, optimizer, observers)
+                _probe_longest(config, model, source, objective, optimizer, observers, make_room)
             train(
                 model,
                 parameters,
@@ -203,7 +204,7 @@ def run_training(
                 save=writer,
                 observers=observers,
                 stop_requested=lambda: bool(stop),
-                make_room=engine.make_room if (engine := engine_of(model)) is not None else None,
+                make_room=make_room,
                 memory_bytes=peak,
                 method_step=adalora_of(model, num_steps=num_steps),
             )
@@ -249,6 +250,23 @@ def leave_for_replies(model: PeftModel) -> None:
         fast.graphs.clear()  # captured rows hold what several replies take
 
 
+def room_of(loaded: LoadedModel) -> Callable[[], str | None] | None:
+    """What makes a step need less memory and says what layers keep then, None when nothing more does: the fast engine's
+    next save policy, or the reference's recomputation of activations."""
+    engine = engine_of(loaded.model)
+    if engine is not None:
+        return engine.make_room
+    left = [loaded.recompute] if loaded.recompute is not None else []
+
+    def make_room() -> str | None:
+        if not left:
+            return None
+        left.pop()()
+        return "their inputs"
+
+    return make_room
+
+
 def _enable_graphs(config: RunConfig, loaded: LoadedModel, observers: Observers) -> None:
     """Replay packed rows as CUDA graphs, where they have one shape and the fast engine computes them."""
     engine = fast_engine_of(loaded.model)
@@ -264,6 +282,7 @@ def _probe_longest(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     observers: Observers,
+    free_some: Callable[[], str | None] | None,
 ) -> None:
     """Try the longest micro-batch where lengths differ and are known; a CPU does not say when memory runs out."""
     if config.data.packing or not isinstance(source, PlannedBatches):
@@ -272,8 +291,6 @@ def _probe_longest(
         return  # an objective that compares samples may prepare more than one row
     batch = source.longest(config.training.micro_batch_size)
     what = f"the longest micro-batch, {batch.num_tokens:,} tokens, tried before the first step,"
-    engine = engine_of(model)
-    free_some = engine.make_room if engine is not None else None
     probe_longest(
         model,
         batch,

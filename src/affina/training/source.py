@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from affina.data.batches import StreamingBatches
@@ -45,9 +46,8 @@ class PlannedBatches:
 
     def longest(self, num_samples: int) -> Batch:
         """The micro-batch that no other can be longer than: of the longest samples, which may meet in any epoch."""
-        lengths = self._store.lengths
-        order = sorted(range(len(lengths)), key=lambda index: -int(lengths[index]))
-        return self._batch(self._store.take(order[:num_samples]))
+        order = np.argsort(-self._store.lengths, kind="stable")
+        return self._batch(self._store.take(order[:num_samples].tolist()))
 
     def describe(self, step: int) -> str:
         return name_samples(index for row in self._plan.step(step) for index in row)
